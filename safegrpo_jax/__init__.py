@@ -1,0 +1,1 @@
+"""SafeGRPO in JAX: rule-governed policy optimization for multimodal safety. See README.md."""
