@@ -1,0 +1,194 @@
+"""The GRPO objective, one pure function per formula, every value per token.
+
+Owns the clipped surrogate, the KL estimators, the aggregation of tokens to a number, and their sum with
+its metrics. It neither runs a model nor knows of microbatches, and this is the idea that keeps it so:
+every aggregation is a weighted sum over tokens, and the weights depend on the mask alone. They are
+computed once for a whole mini-batch, so the sum over any cut into microbatches is exact.
+
+Source: PPO (arXiv 1707.06347), dual clip (arXiv 1912.09729), clip-higher and token mean (DAPO, arXiv 2503.14476),
+constant divisor (Dr. GRPO, arXiv 2503.20783), KL estimators (joschu.net/blog/kl-approx.html); clamps and
+defaults as verl `core_algos`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from safegrpo_jax.masked import masked_sum
+from safegrpo_jax.types import Array, Metrics
+
+AGGREGATIONS = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm")
+KL_ESTIMATORS = ("k1", "k2", "k3", "none")
+NORMALIZERS = ("global", "micro")
+
+LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in float32 with room for products
+KL_LIMIT = 10.0  # published clamp of k3: beyond it the KL of a token has no gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Terms of the objective.
+
+    `clip_low`, `clip_high`: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+    `clip_dual`: where the advantage is negative, the loss of a token is at most -advantage * clip_dual; 0 is off.
+    `kl_estimator`: one of KL_ESTIMATORS; "none" reads no reference log-probabilities and reports no KL.
+    `aggregation`: one of AGGREGATIONS, applied to surrogate, KL and entropy alike.
+    `norm_length`: divisor of "seq_mean_token_sum_norm"; 0 takes the padded completion length.
+    `normalizer`: "global" divides by counts of the mini-batch; "micro" takes the mean over microbatches
+    of each one's aggregate, which depends on how rows are cut but is what the published run did.
+    `replay_weight`: factor of the cross-entropy of replayed demonstrations, where an update is given any.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    clip_dual: float = 3.0
+    kl_estimator: str = "k3"
+    kl_coefficient: float = 0.01
+    entropy_coefficient: float = 0.0
+    aggregation: str = "token_mean"
+    norm_length: int = 0
+    normalizer: str = "global"
+    replay_weight: float = 0.0
+
+    def __post_init__(self):
+        for field, allowed in (
+            ("kl_estimator", KL_ESTIMATORS),
+            ("aggregation", AGGREGATIONS),
+            ("normalizer", NORMALIZERS),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"loss {field} is {getattr(self, field)!r}; use one of {', '.join(allowed)}")
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ValueError(f"loss clip range is {self.clip_low}, {self.clip_high}; use 0 <= low <= 1 and high >= 0")
+        if self.clip_dual and self.clip_dual <= 1:
+            raise ValueError(f"loss clip_dual is {self.clip_dual}; use a number > 1, or 0 to switch it off")
+        if self.norm_length < 0:
+            raise ValueError(f"loss norm_length is {self.norm_length}; use a token count, or 0 for the padded length")
+        if self.kl_estimator == "none" and self.kl_coefficient:
+            raise ValueError("loss kl_estimator is 'none': set kl_coefficient to 0, or choose an estimator")
+
+
+def log_ratio(policy_logps: Float[Array, "n c"], behavior_logps: Float[Array, "n c"]) -> Float[Array, "n c"]:
+    """Log of policy over behaviour probability, clamped to +-LOG_RATIO_LIMIT (no gradient outside)."""
+    return jnp.clip(policy_logps - behavior_logps, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def clipped_surrogate(
+    ratio: Float[Array, "n c"], advantages: Float[Array, "n c"], config: LossConfig
+) -> tuple[Float[Array, "n c"], Bool[Array, "n c"], Bool[Array, "n c"]]:
+    """Per-token surrogate loss (to minimise), where the clip replaced it, and where the dual clip bounded it.
+
+    The dual clip exists because for a negative advantage nothing else bounds the loss as the ratio grows.
+    """
+    plain = -advantages * ratio
+    clipped = -advantages * jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+    loss = jnp.maximum(plain, clipped)
+    if not config.clip_dual:
+        return loss, clipped > plain, jnp.zeros(loss.shape, bool)
+    bound = -advantages * config.clip_dual
+    bounded = (advantages < 0) & (loss > bound)
+    return jnp.where(advantages < 0, jnp.minimum(loss, bound), loss), clipped > plain, bounded
+
+
+def kl_estimate(
+    policy_logps: Float[Array, "n c"], reference_logps: Float[Array, "n c"], estimator: str
+) -> Float[Array, "n c"]:
+    """Per-token estimate of KL(policy || reference) from the sampled token alone.
+
+    k1 is unbiased and may be negative; k2 is half the squared log-ratio; k3 is unbiased in value and
+    never negative, with its argument clamped to +-LOG_RATIO_LIMIT and itself to KL_LIMIT.
+    """
+    match estimator:
+        case "k1":
+            return policy_logps - reference_logps
+        case "k2":
+            return 0.5 * jnp.square(policy_logps - reference_logps)
+        case "k3":
+            difference = jnp.clip(reference_logps - policy_logps, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+            # expm1 keeps the digits that exp(d) - d - 1 loses near 0, where training lives.
+            return jnp.minimum(jnp.expm1(difference) - difference, KL_LIMIT)
+    raise ValueError(f"KL estimator is {estimator!r}; use one of {', '.join(KL_ESTIMATORS[:3])}")
+
+
+def token_weights(
+    mask: Bool[Array, "n c"], aggregation: str, num_blocks: int = 1, norm_length: int = 0
+) -> Float[Array, "n c"]:
+    """Weights w such that the aggregate of per-token values x is sum(w * x); 0 where masked.
+
+    With `num_blocks` > 1 the rows are cut into that many contiguous blocks, each is aggregated alone,
+    and the aggregate is the mean over blocks. Rows without any token count as no sequence.
+    "seq_mean_token_sum_norm" is the sum of all tokens over one constant, not divided by the number of
+    sequences, as published.
+
+    Example, rows of 3 and 1 tokens in a width of 4: "token_mean" weighs each token 1/4,
+    "seq_mean_token_sum" 1/2, "seq_mean_token_mean" 1/6 and 1/2, "seq_mean_token_sum_norm" 1/4.
+    """
+    real = jnp.asarray(mask, jnp.float32).reshape(num_blocks, -1, mask.shape[1])
+    row_len = real.sum(2, keepdims=True)
+    num_sequences = jnp.maximum((row_len > 0).sum(1, keepdims=True), 1)
+    match aggregation:
+        case "token_mean":
+            divisor = jnp.maximum(row_len.sum(1, keepdims=True), 1)
+        case "seq_mean_token_sum":
+            divisor = num_sequences
+        case "seq_mean_token_mean":
+            divisor = num_sequences * jnp.maximum(row_len, 1)
+        case "seq_mean_token_sum_norm":
+            divisor = norm_length or mask.shape[1]
+        case _:
+            raise ValueError(f"aggregation is {aggregation!r}; use one of {', '.join(AGGREGATIONS)}")
+    return (real / (divisor * num_blocks)).reshape(mask.shape)
+
+
+def grpo_loss(
+    policy_logps: Float[Array, "n c"],
+    entropy: Float[Array, "n c"],
+    behavior_logps: Float[Array, "n c"],
+    reference_logps: Float[Array, "n c"],
+    advantages: Float[Array, "n c"],
+    mask: Bool[Array, "n c"],
+    weights: Float[Array, "n c"],
+    num_tokens: Float[Array, ""],
+    config: LossConfig,
+) -> tuple[Float[Array, ""], Metrics, Metrics]:
+    """Loss of some rows of a mini-batch, its additive metrics, and the metrics of which to take the maximum.
+
+    `weights` are the rows' part of the `token_weights` of the mini-batch, and `num_tokens` the mini-batch's
+    number of real tokens (float32, at least 1), so that losses and additive metrics of disjoint rows sum to
+    those of the mini-batch. Only `policy_logps` and, if it has a coefficient, `entropy` carry gradient.
+    Clip fractions, ratios and gaps are token means; loss, surrogate, KL and entropy follow the aggregation.
+    """
+    log_ratios = log_ratio(policy_logps, behavior_logps)
+    ratio = jnp.exp(log_ratios)
+    surrogate, clipped, dual_clipped = clipped_surrogate(ratio, advantages, config)
+
+    def aggregate(values):
+        return masked_sum(values * weights, mask)
+
+    def mean(values):
+        return masked_sum(values.astype(jnp.float32), mask) / num_tokens
+
+    gap = jnp.abs(policy_logps - behavior_logps)
+    sums = {
+        "policy/surrogate_loss": aggregate(surrogate),
+        "policy/entropy": aggregate(entropy),
+        "policy/clip_fraction": mean(clipped),
+        "policy/clip_fraction_dual": mean(dual_clipped),
+        "policy/approx_kl": mean(-log_ratios),
+        "policy/ratio_mean": mean(ratio),
+        "policy/behavior_gap_mean": mean(gap),
+    }
+    loss = sums["policy/surrogate_loss"]
+    if config.entropy_coefficient:
+        loss = loss - config.entropy_coefficient * sums["policy/entropy"]
+    if config.kl_estimator != "none":
+        sums["policy/kl"] = aggregate(kl_estimate(policy_logps, reference_logps, config.kl_estimator))
+        loss = loss + config.kl_coefficient * sums["policy/kl"]
+    maxima = {
+        "policy/ratio_max": jnp.max(jnp.where(mask, ratio, 0.0)),
+        "policy/behavior_gap_max": jnp.max(jnp.where(mask, gap, 0.0)),
+    }
+    return loss, sums | {"policy/loss": loss}, maxima
