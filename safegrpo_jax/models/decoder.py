@@ -1,0 +1,179 @@
+"""The text decoder of Qwen3-VL: grouped-query attention with q/k norms, interleaved M-RoPE, deepstack adds.
+
+After layer j < number of taps the j-th deepstack feature is added at the vision tokens, so the stack is kept as
+two: `deepstack_layers` and `layers`. Decoding runs the same blocks on one token per rollout against a cache
+that goes in and comes out. Source: huggingface/transformers modeling_qwen3_vl.py (numeric oracle).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from safegrpo_jax.models.attention import attend, attend_cache
+from safegrpo_jax.models.layers import INIT_STD, Execution, Linear, RMSNorm, init_stacks, run_layers, unstack
+from safegrpo_jax.models.rope import interleaved_axes, rotate, text_angles
+from safegrpo_jax.types import Array, KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the text decoder. `mrope_section`: frequencies turned by (time, height, width).
+
+    Raises:
+      ValueError: sizes that do not fit together.
+    """
+
+    vocab_size: int
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    head_dim: int = 128
+    norm_epsilon: float = 1e-6
+    max_positions: int = 262144
+    tied_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        axes = interleaved_axes(self.mrope_section, self.head_dim // 2).tolist()
+        if self.head_dim % 2 or tuple(axes.count(axis) for axis in range(3)) != self.mrope_section:
+            raise ValueError(f"mrope_section {self.mrope_section} does not interleave over head_dim {self.head_dim}")
+
+
+class TextBlock(nnx.Module):
+    """Pre-norm transformer block: causal attention, then a SiLU-gated MLP."""
+
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs):
+        heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
+        self.input_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.q = Linear((config.width,), heads, bias=False, rngs=rngs)
+        self.k = Linear((config.width,), kv_heads, bias=False, rngs=rngs)
+        self.v = Linear((config.width,), kv_heads, bias=False, rngs=rngs)
+        self.o = Linear(heads, (config.width,), bias=False, rngs=rngs)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon)
+        self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.gate = Linear((config.width,), (config.mlp_width,), bias=False, rngs=rngs)
+        self.up = Linear((config.width,), (config.mlp_width,), bias=False, rngs=rngs)
+        self.down = Linear((config.mlp_width,), (config.width,), bias=False, rngs=rngs)
+
+    def heads(
+        self, x: Float[Array, "n t d"], cos: Float[Array, "n t half"], sin: Float[Array, "n t half"]
+    ) -> tuple[Float[Array, "n h t e"], Float[Array, "n k t e"], Float[Array, "n k t e"]]:
+        """Rotated queries, rotated keys and values of every token, head-major."""
+        x = self.input_norm(x)
+        query = self.q_norm(self.q(x)).swapaxes(1, 2)
+        keys = self.k_norm(self.k(x)).swapaxes(1, 2)
+        return rotate(query, cos, sin), rotate(keys, cos, sin), self.v(x).swapaxes(1, 2)
+
+    def finish(self, x: Float[Array, "n t d"], attended: Float[Array, "n h t e"]) -> Float[Array, "n t d"]:
+        """The block's output from its input and the attention output."""
+        shape = x.shape
+        # One long axis of tokens: contracting two axes in the weight gradients costs a sixth of a CPU step.
+        x = (x + self.o(attended.swapaxes(1, 2))).reshape(-1, shape[-1])
+        hidden = self.mlp_norm(x)
+        return (x + self.down(jax.nn.silu(self.gate(hidden)) * self.up(hidden))).reshape(shape)
+
+
+class TextDecoder(nnx.Module):
+    """Embedding, blocks, final norm and output map (the embedding itself when tied)."""
+
+    def __init__(self, config: TextConfig, num_taps: int, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.vocab_size, config.width)
+        self.embed = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape))
+        lens = (num_taps, config.num_layers - num_taps)
+        self.deepstack_layers, self.layers = init_stacks(lambda keys: TextBlock(config, keys), lens, rngs)
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.lm_head = None if config.tied_embeddings else Linear(shape[::-1][:1], shape[:1], bias=False, rngs=rngs)
+
+    def embed_tokens(self, token_ids: Int[Array, "n t"], execution: Execution) -> Float[Array, "n t d"]:
+        return self.embed[...][token_ids].astype(execution.compute_dtype)
+
+    def run(
+        self,
+        x: Float[Array, "n t d"],
+        mask: Bool[Array, "n t"],
+        positions: Int[Array, "3 n t"],
+        vision_mask: Bool[Array, "n t"],
+        feature_index: Int[Array, "n t"],
+        deepstack: Float[Array, "taps m d"],
+        execution: Execution,
+        keep_cache: bool,
+    ) -> tuple[Float[Array, "n t d"], tuple]:
+        """All blocks over whole rows, without the final norm.
+
+        Returns:
+          Hidden states, and with `keep_cache` the (keys, values) of each layer, [n k t e], else an empty tuple.
+        """
+        cos, sin = self._rotation(positions, execution)
+        segment_ids = mask.astype(jnp.int32)
+
+        def body(x, block):
+            query, keys, values = block.heads(x, cos, sin)
+            attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
+            return block.finish(x, attended), (keys, values) if keep_cache else None
+
+        def deepstack_body(x, layer):
+            block, features = layer
+            x, cache = body(x, block)
+            added = jnp.where(vision_mask[..., None], features[feature_index].astype(x.dtype), 0)
+            return x + added, cache
+
+        x, first = run_layers(deepstack_body, x, (self.deepstack_layers, deepstack), execution)
+        x, rest = run_layers(body, x, self.layers, execution)
+        return x, first + rest if keep_cache else ()
+
+    def decode(
+        self,
+        token_ids: Int[Array, "n"],
+        positions: Int[Array, "n"],
+        step: Int[Array, ""],
+        cache: KVCache,
+        execution: Execution,
+    ) -> tuple[Float[Array, "n d"], KVCache]:
+        """One token per rollout through all blocks and the final norm; its keys and values go to slot `step`."""
+        x = self.embed_tokens(token_ids[:, None], execution)
+        cos, sin = self._rotation(jnp.broadcast_to(positions[None, :, None], (3, len(positions), 1)), execution)
+        private_keys, private_values = [], []
+        blocks = unstack(self.deepstack_layers) + unstack(self.layers)
+        for index, block in enumerate(blocks):
+            query, keys, values = block.heads(x, cos, sin)
+            slot = (0, 0, step, 0)
+            private_keys.append(jax.lax.dynamic_update_slice(cache.private_keys[index], keys, slot))
+            private_values.append(jax.lax.dynamic_update_slice(cache.private_values[index], values, slot))
+            attended = attend_cache(
+                query[:, :, 0],
+                cache.prefix_keys[index],
+                cache.prefix_values[index],
+                cache.prefix_mask,
+                private_keys[-1],
+                private_values[-1],
+                step,
+            )
+            x = block.finish(x, attended[:, :, None])
+        cache = dataclasses.replace(cache, private_keys=tuple(private_keys), private_values=tuple(private_values))
+        return self.norm(x)[:, 0], cache
+
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
+        """float32 logits of final hidden states."""
+        if self.lm_head is None:
+            kernel, contract = self.embed[...], 1
+        else:
+            kernel, contract = self.lm_head.kernel[...], 0
+        dims = (((hidden.ndim - 1,), (contract,)), ((), ()))
+        return jax.lax.dot_general(hidden, kernel.astype(hidden.dtype), dims, preferred_element_type=jnp.float32)
+
+    def _rotation(self, positions, execution):
+        angles = text_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
+        # Rounded to the compute dtype before the products: what the released checkpoints were trained with.
+        return jnp.cos(angles).astype(execution.compute_dtype), jnp.sin(angles).astype(execution.compute_dtype)

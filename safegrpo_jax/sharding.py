@@ -1,0 +1,149 @@
+"""Where arrays live: the mesh, an ordered table parameter path -> logical axes, and host batch -> global arrays.
+
+A rule gives every axis of a parameter a logical name; `ShardingConfig` maps logical names to mesh axes. A mesh axis
+that the mesh does not have partitions nothing, so one configuration serves a laptop and a pod. The compiler places
+all communication (mesh axes are of type Auto). The vision tower is replicated: it is small and has its own data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from safegrpo_jax.types import ArrayTree, Params, Prompts
+
+BATCH_AXES = ("data", "fsdp")  # mesh axes that a batch is spread over
+
+# First match wins. Names are those of `ShardingConfig`; None is never partitioned. Layer stacks lead with None.
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
+QWEN_VL_RULES: Rules = (
+    (r"vision/.*", ()),
+    (r"text/embed", ("vocab", "width")),
+    (r"text/lm_head/kernel", ("width", "vocab")),
+    (r"text/(deepstack_)?layers/q/kernel", (None, "width", "heads", None)),
+    (r"text/(deepstack_)?layers/[kv]/kernel", (None, "width", "kv_heads", None)),
+    (r"text/(deepstack_)?layers/o/kernel", (None, "heads", None, "width")),
+    (r"text/(deepstack_)?layers/(gate|up)/kernel", (None, "width", "mlp")),
+    (r"text/(deepstack_)?layers/down/kernel", (None, "mlp", "width")),
+    (r"text/(.*norm)/scale", ()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    """Mesh axis of each logical axis, None to replicate. `kv_heads` replicates when the heads do not divide."""
+
+    vocab: str | None = "tensor"
+    width: str | None = "fsdp"
+    heads: str | None = "tensor"
+    kv_heads: str | None = "tensor"
+    mlp: str | None = "tensor"
+
+
+def make_mesh(axis_sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all `devices` (default: all there are). Enter it with `jax.set_mesh`.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if math.prod(axis_sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh axes {axis_sizes} need {math.prod(axis_sizes.values())} devices, there are {len(devices)}"
+        )
+    return jax.make_mesh(
+        tuple(axis_sizes.values()),
+        tuple(axis_sizes),
+        axis_types=(AxisType.Auto,) * len(axis_sizes),
+        devices=devices,
+    )
+
+
+def param_shardings(
+    abstract_params: Params, mesh: Mesh, rules: Rules = QWEN_VL_RULES, config: ShardingConfig | None = None
+) -> Params:
+    """The sharding of every parameter, as a tree like `abstract_params` (arrays or their shapes).
+
+    Raises:
+      ValueError: a parameter without a rule or with another number of axes than its rule, or an axis that the mesh
+        axis does not divide (only `kv_heads` falls back to replication: fewer heads than tensor shards is normal).
+    """
+    config = ShardingConfig() if config is None else config
+
+    def place(key_path, leaf):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        return NamedSharding(mesh, _find_spec(path, leaf.shape, mesh, rules, config))
+
+    return jax.tree_util.tree_map_with_path(place, abstract_params)
+
+
+def _find_spec(path, shape, mesh, rules, config):
+    axes = next((axes for pattern, axes in rules if re.fullmatch(pattern, path)), None)
+    if axes is None:
+        raise ValueError(f"parameter {path} {shape} has no sharding rule; add one to the table")
+    if axes and len(axes) != len(shape):
+        raise ValueError(f"parameter {path} has {len(shape)} axes, its sharding rule {axes} has {len(axes)}")
+    spec = []
+    for logical, size in zip(axes, shape, strict=False):
+        mesh_axis = None if logical is None else getattr(config, logical)
+        parts = mesh.shape.get(mesh_axis, 1)
+        if size % parts and logical != "kv_heads":
+            raise ValueError(f"parameter {path}: {logical} {size} is not divisible by mesh axis {mesh_axis} = {parts}")
+        spec.append(mesh_axis if parts > 1 and size % parts == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Axis `axis` of an array spread over the mesh's data axes, everything else replicated."""
+    present = tuple(name for name in BATCH_AXES if name in mesh.shape)
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, present or None))
+
+
+def batch_axis(key_path: jax.tree_util.KeyPath) -> int:
+    """The batch axis of an array in the pytrees of types.py, by its field name."""
+    name = getattr(key_path[-1], "name", None) if key_path else None
+    return 1 if name in ("positions", "deepstack") else 0
+
+
+def shard_batch(tree: ArrayTree, mesh: Mesh) -> ArrayTree:
+    """Turns a host batch (Prompts, Experience, ...) into global arrays, each process giving its own rows.
+
+    Scalars are replicated. With several processes `Prompts.feature_index` comes in counting from the process's own
+    packing rows; it is shifted here to count over the global ones.
+
+    Raises:
+      ValueError: rows that the data axes do not divide.
+    """
+    local_parts = math.prod(mesh.local_mesh.shape.get(name, 1) for name in BATCH_AXES)
+
+    def place(key_path, leaf):
+        if np.ndim(leaf) == 0:
+            return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec()), leaf)
+        axis = batch_axis(key_path)
+        if leaf.shape[axis] % local_parts:
+            path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            raise ValueError(f"batch {path} {leaf.shape}: axis {axis} is not divisible into {local_parts} local parts")
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, axis), leaf)
+
+    def is_prompts(node):
+        return isinstance(node, Prompts)
+
+    if jax.process_count() > 1:
+        tree = jax.tree.map(
+            lambda node: _shift_features(node, mesh) if is_prompts(node) else node, tree, is_leaf=is_prompts
+        )
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _shift_features(prompts: Prompts, mesh: Mesh) -> Prompts:
+    segments = jax.make_array_from_process_local_data(batch_sharding(mesh), prompts.images.segment_ids)
+    first_row = min(shard.index[0].start or 0 for shard in segments.addressable_shards)
+    first_feature = first_row * segments.shape[1] // 4  # four patches make one merged token
+    index = np.where(prompts.vision_mask, prompts.feature_index + np.int32(first_feature), 0)
+    return dataclasses.replace(prompts, feature_index=index)

@@ -1,0 +1,258 @@
+"""Model folders: round trips with transformers and with itself, and every way a folder can be wrong."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from qwen_tiny import example_prompts, random_params, tiny_config, torch_inputs
+from safetensors.numpy import load_file, save_file
+
+from safegrpo_jax.models import hf_weights, qwen_vl
+from safegrpo_jax.sharding import make_mesh, param_shardings
+
+LOGITS_TOLERANCE = 1e-4  # float32 sums in another order through eight blocks
+
+GATE = "model.language_model.layers.1.mlp.gate_proj.weight"
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def prompt_logits(params, prompts, config):
+    features = qwen_vl.encode_images(params, prompts.images, config)
+    arguments = (prompts.prompt_ids, prompts.prompt_mask, prompts.positions, prompts.vision_mask, prompts.feature_index)
+    return qwen_vl.logits_from_hidden(params, qwen_vl.text_hidden(params, *arguments, features, config), config)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny_config()
+    return config, random_params(config)
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    """A sound folder of several files. Tests that break it copy it first."""
+    config, params = model
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    hf_weights.export(folder, params, config, max_shard_bytes=100_000)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "model")
+
+
+def file_of(folder, name):
+    return folder / json.loads((folder / hf_weights.INDEX_NAME).read_text())["weight_map"][name]
+
+
+def rewrite(path, change):
+    """Applies `change` to the tensors of one file."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def change_config(folder, change):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def assert_trees_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("max_shard_bytes", [30_000, 10**9], ids=["sharded", "single"])
+def test_export_loads_in_transformers_with_equal_logits(tmp_path, tied, max_shard_bytes):
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen3VLForConditionalGeneration
+
+    config = tiny_config(tied=tied)
+    params = random_params(config)
+    hf_weights.export(tmp_path / "model", params, config, max_shard_bytes=max_shard_bytes)
+    model, report = Qwen3VLForConditionalGeneration.from_pretrained(
+        tmp_path / "model", dtype="auto", attn_implementation="eager", output_loading_info=True
+    )
+    assert model.dtype == torch.float32
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    prompts = example_prompts()
+    with torch.no_grad():
+        expected = model.eval()(**torch_inputs(prompts)).logits.numpy()[prompts.prompt_mask]
+    actual = prompt_logits(params, prompts, config)[prompts.prompt_mask]
+    np.testing.assert_allclose(actual, expected, atol=LOGITS_TOLERANCE, rtol=0)
+
+
+def test_round_trip_is_exact(model, exported):
+    config, params = model
+    assert hf_weights.read_config(exported) == config
+    assert_trees_equal(hf_weights.load(exported, config), params)
+
+
+def test_bfloat16_round_trip(model, tmp_path):
+    config, params = model
+    half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params)
+    hf_weights.export(tmp_path / "half", half, config, hf_config=config.to_hf() | {"torch_dtype": "float32"})
+    content = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert content["dtype"] == "bfloat16" and "torch_dtype" not in content
+    assert_trees_equal(hf_weights.load(tmp_path / "half", config, dtype=jnp.bfloat16), half)
+    assert_trees_equal(
+        hf_weights.load(tmp_path / "half", config), jax.tree.map(lambda leaf: leaf.astype(np.float32), half)
+    )
+
+
+def test_load_straight_into_shards(model, exported):
+    config, params = model
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    shardings = param_shardings(params, mesh)
+    loaded = hf_weights.load(exported, config, shardings=shardings)
+    assert_trees_equal(loaded, params)
+    gate = loaded["text"]["layers"]["gate"]["kernel"]
+    assert gate.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert gate.addressable_shards[0].data.shape == (2, 20, 28)
+
+
+def test_stacked_axis_can_be_sharded_too(model, exported):
+    config, params = model
+    mesh = make_mesh({"stage": 2, "data": 4})
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
+    shardings["text"]["layers"]["gate"]["kernel"] = NamedSharding(mesh, PartitionSpec("stage"))
+    assert_trees_equal(hf_weights.load(exported, config, shardings=shardings), params)
+
+
+def test_unknown_tensor(model, folder):
+    path = file_of(folder, GATE)
+    rewrite(path, lambda tensors: tensors.update({"model.extra.weight": np.zeros(3, np.float32)}))
+    with pytest.raises(ValueError, match=rf"{path.name}: unknown tensor model\.extra\.weight"):
+        hf_weights.load(folder, model[0])
+
+
+def test_missing_tensor(model, folder):
+    path = file_of(folder, GATE)
+    rewrite(path, lambda tensors: tensors.pop(GATE))
+    with pytest.raises(ValueError, match=rf"{path.name}: missing tensor {GATE}"):
+        hf_weights.load(folder, model[0])
+
+
+def test_missing_tensor_without_an_index(model, tmp_path):
+    config, params = model
+    hf_weights.export(tmp_path / "model", params, config)
+    rewrite(tmp_path / "model" / hf_weights.SINGLE_NAME, lambda tensors: tensors.pop(GATE))
+    with pytest.raises(ValueError, match=rf"missing tensor {GATE} \(1 missing"):
+        hf_weights.load(tmp_path / "model", config)
+
+
+def test_tensor_set_twice(model, folder):
+    path = file_of(folder, "lm_head.weight")
+    assert path != file_of(folder, GATE)
+    rewrite(path, lambda tensors: tensors.update({GATE: np.zeros((56, 40), np.float32)}))
+    with pytest.raises(ValueError, match=rf"tensor {GATE} is set twice"):
+        hf_weights.load(folder, model[0])
+
+
+def test_misshapen_tensor(model, folder):
+    path = file_of(folder, GATE)
+    rewrite(path, lambda tensors: tensors.update({GATE: np.zeros((40, 56), np.float32)}))
+    with pytest.raises(ValueError, match=rf"{path.name}: tensor {GATE} has shape \(40, 56\), expected \(56, 40\)"):
+        hf_weights.load(folder, model[0])
+
+
+def test_head_in_a_tied_checkpoint(model, folder):
+    config = dataclasses.replace(model[0], text=dataclasses.replace(model[0].text, tied_embeddings=True))
+    with pytest.raises(ValueError, match=r"unknown tensor lm_head\.weight; a tied model"):
+        hf_weights.load(folder, config)
+
+
+def test_quantised_weights(model, folder):
+    path = file_of(folder, GATE)
+    rewrite(path, lambda tensors: tensors.update({GATE: tensors[GATE].astype(ml_dtypes.float8_e4m3fn)}))
+    with pytest.raises(ValueError, match=rf"{GATE} of type F8_E4M3 belongs to a quantised"):
+        hf_weights.load(folder, model[0])
+
+
+def test_scale_tensor(model, folder):
+    name = GATE + "_scale_inv"
+    rewrite(file_of(folder, GATE), lambda tensors: tensors.update({name: np.ones((1, 1), np.float32)}))
+    with pytest.raises(ValueError, match=rf"{name} of type F32 belongs to a quantised"):
+        hf_weights.load(folder, model[0])
+
+
+@pytest.mark.parametrize("kept", [3, 200, -10])
+def test_truncated_file(model, folder, kept):
+    path = file_of(folder, GATE)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{path.name} is truncated"):
+        hf_weights.load(folder, model[0])
+
+
+def test_absent_file(model, folder):
+    path = file_of(folder, GATE)
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{path.name} does not exist"):
+        hf_weights.load(folder, model[0])
+
+
+def test_export_refuses(model, exported, tmp_path):
+    config, params = model
+    with pytest.raises(ValueError, match="exists already"):
+        hf_weights.export(exported, params, config)
+    wider = dataclasses.replace(config, text=dataclasses.replace(config.text, mlp_width=64))
+    with pytest.raises(ValueError, match="another model"):
+        hf_weights.export(tmp_path / "new", params, config, hf_config=wider.to_hf())
+    mixed = params | {"vision": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["vision"])}
+    with pytest.raises(ValueError, match="dtypes"):
+        hf_weights.export(tmp_path / "new", mixed, config)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(architectures=["Qwen2_5_VLForConditionalGeneration"]), "only dense Qwen3-VL"),
+        (lambda c: c.update(model_type="qwen3_vl_moe"), "only dense Qwen3-VL"),
+        (lambda c: c.update(quantization_config={"quant_method": "fp8"}), "quantization_config"),
+        (lambda c: c["text_config"].pop("rope_theta"), r"text_config\.rope_theta is missing"),
+        (lambda c: c["text_config"]["rope_scaling"].pop("mrope_section"), "mrope_section is missing"),
+        (lambda c: c["text_config"].pop("rope_scaling"), "mrope_section is missing"),
+        (lambda c: c["text_config"]["rope_scaling"].update(rope_type="yarn"), "rope_type is 'yarn'"),
+        (lambda c: c["text_config"].update(hidden_act="gelu"), r"text_config\.hidden_act is 'gelu'"),
+        (lambda c: c["vision_config"].pop("depth"), r"vision_config\.depth is missing"),
+        (lambda c: c.pop("image_token_id"), "image_token_id is missing"),
+        (lambda c: c.pop("text_config"), "text_config is missing"),
+        (lambda c: c["vision_config"].update(out_hidden_size=8), "out_width 8 must equal"),
+    ],
+)
+def test_read_config_refuses(folder, change, message):
+    change_config(folder, change)
+    with pytest.raises(ValueError, match=message):
+        hf_weights.read_config(folder)
+
+
+def test_read_config_of_nothing_and_of_rubbish(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        hf_weights.read_config(tmp_path / "absent")
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json"):
+            hf_weights.read_config(tmp_path)
+
+
+def test_read_config_accepts_both_rope_spellings(model, folder):
+    def modernise(content):
+        text = content["text_config"]
+        text["rope_parameters"] = {**text.pop("rope_scaling"), "rope_theta": text.pop("rope_theta")}
+        content["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": 10000.0}
+
+    assert hf_weights.read_config(folder) == model[0]
+    change_config(folder, modernise)
+    assert hf_weights.read_config(folder) == model[0]

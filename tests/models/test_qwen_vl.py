@@ -1,0 +1,292 @@
+"""The whole model: parity with transformers, cached decoding, padding, sharding, execution choices, configuration."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from qwen_tiny import example_prompts, random_params, tiny_config, torch_inputs, torch_model
+
+from safegrpo_jax.models import hf_weights, qwen_vl
+from safegrpo_jax.models.layers import unstack
+from safegrpo_jax.sharding import make_mesh, param_shardings, shard_batch
+from safegrpo_jax.types import KVCache, VisionFeatures
+
+LOGITS_TOLERANCE = 1e-4  # float32 sums in another order, through eight blocks, on logits of a few units
+GRADIENT_TOLERANCE = 1e-4  # relative to the largest gradient of the same parameter
+CACHE_TOLERANCE = 1e-5  # the same sums, split differently between prefix and private slots
+BFLOAT16_TOLERANCE = 0.1  # eight bits of mantissa through eight blocks, relative to the largest logit
+
+encode_images = jax.jit(qwen_vl.encode_images, static_argnums=2)
+text_hidden = jax.jit(qwen_vl.text_hidden, static_argnums=7)
+prefill = jax.jit(qwen_vl.prefill, static_argnums=3)
+decode_hidden = jax.jit(qwen_vl.decode_hidden, static_argnums=5)
+
+
+def prompt_hidden(params, prompts, config):
+    features = encode_images(params, prompts.images, config)
+    return text_hidden(
+        params,
+        prompts.prompt_ids,
+        prompts.prompt_mask,
+        prompts.positions,
+        prompts.vision_mask,
+        prompts.feature_index,
+        features,
+        config,
+    )
+
+
+def prompt_logits(params, prompts, config):
+    return qwen_vl.logits_from_hidden(params, prompt_hidden(params, prompts, config), config)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def twins(request, tmp_path_factory):
+    """(config, parameters, torch model): the parameters read back from what transformers saved."""
+    pytest.importorskip("torch")
+    config = tiny_config(tied=request.param)
+    model = torch_model(config)
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    model.save_pretrained(folder)
+    assert hf_weights.read_config(folder) == config
+    return config, hf_weights.load(folder, config), model
+
+
+def test_logits_equal_transformers(twins):
+    import torch
+
+    config, params, model = twins
+    prompts = example_prompts()
+    with torch.no_grad():
+        expected = model(**torch_inputs(prompts)).logits.numpy()
+    actual = np.asarray(prompt_logits(params, prompts, config))
+    real = prompts.prompt_mask
+    assert np.abs(expected[real]).max() > 1  # otherwise an absolute tolerance says nothing
+    np.testing.assert_allclose(actual[real], expected[real], atol=LOGITS_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("twins", [True], indirect=True, ids=["tied"])
+def test_logp_gradient_equals_transformers(twins, tmp_path):
+    import torch
+
+    config, params, model = twins
+    config = dataclasses.replace(config, scan_layers=True, remat=True)
+    prompts = example_prompts()
+    targets = np.roll(prompts.prompt_ids, -1, 1)
+    scored = prompts.prompt_mask.copy()
+    scored[:, -1] = False
+
+    model.zero_grad()
+    logps = torch.log_softmax(model(**torch_inputs(prompts)).logits, -1)
+    picked = logps.gather(-1, torch.from_numpy(targets).long()[..., None])[..., 0]
+    (picked * torch.from_numpy(scored)).sum().backward()
+
+    def total_logp(params):
+        logps = jax.nn.log_softmax(prompt_logits(params, prompts, config))
+        return (jnp.take_along_axis(logps, targets[..., None], -1)[..., 0] * scored).sum()
+
+    gradients = jax.jit(jax.grad(total_logp))(params)
+    folder = tmp_path / "gradients"  # the exporter turns a tree of gradients into transformers' names and layouts
+    hf_weights.export(folder, gradients, config)
+    from safetensors.torch import load_file
+
+    exported = load_file(folder / "model.safetensors")
+    compared = 0
+    for name, parameter in model.named_parameters():
+        largest = parameter.grad.abs().max()
+        torch.testing.assert_close(exported[name], parameter.grad, atol=GRADIENT_TOLERANCE * float(largest), rtol=0)
+        compared += 1
+    assert compared == len(exported)
+    model.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    """A small spread: the q/k norms make attention far from uniform anyway, and rounding is not blown up."""
+    config = tiny_config()
+    return config, random_params(config)
+
+
+def test_cached_decode_equals_full_forward(random_model):
+    config, params = random_model
+    prompts = example_prompts()
+    group_size, num_steps, slots = 2, 4, 6
+    b = len(prompts.prompt_ids)
+    n = b * group_size
+    completion = np.random.default_rng(1).integers(1, 80, (n, num_steps)).astype(np.int32)
+    start = np.repeat(prompts.prompt_mask.sum(1) + prompts.rope_delta, group_size).astype(np.int32)
+    places = start[:, None] + np.arange(num_steps, dtype=np.int32)
+
+    def joined(rows, tail):
+        return np.concatenate([np.repeat(rows, group_size, -2), tail], -1)
+
+    features = encode_images(params, prompts.images, config)
+    full = text_hidden(
+        params,
+        joined(prompts.prompt_ids, completion),
+        joined(prompts.prompt_mask, np.ones((n, num_steps), bool)),
+        joined(prompts.positions, np.broadcast_to(places, (3, n, num_steps))),
+        joined(prompts.vision_mask, np.zeros((n, num_steps), bool)),
+        joined(prompts.feature_index, np.zeros((n, num_steps), np.int32)),
+        features,
+        config,
+    )
+
+    last, keys, values = prefill(params, prompts, features, config)
+    p = prompts.prompt_ids.shape[1]
+    np.testing.assert_allclose(np.repeat(last, group_size, 0), full[:, p - 1], atol=CACHE_TOLERANCE)
+    # Private slots start as large rubbish: a slot that is not written yet must not be read.
+    shape = (n, config.text.num_kv_heads, slots, config.text.head_dim)
+    rubbish = tuple(jnp.full(shape, 1e4) for _ in range(config.text.num_layers))
+    cache = KVCache(keys, values, prompts.prompt_mask, rubbish, rubbish)
+    for step in range(num_steps):
+        hidden, cache = decode_hidden(params, completion[:, step], places[:, step], jnp.int32(step), cache, config)
+        np.testing.assert_allclose(hidden, full[:, p + step], atol=CACHE_TOLERANCE)
+
+
+def test_padding_influences_nothing(random_model):
+    config, params = random_model
+    prompts = example_prompts()
+    expected = prompt_hidden(params, prompts, config)
+    images = prompts.images
+    empty = images.segment_ids == 0
+    changed = dataclasses.replace(
+        prompts,
+        prompt_ids=np.where(prompts.prompt_mask, prompts.prompt_ids, 77),
+        positions=np.where(prompts.prompt_mask, prompts.positions, 1000),
+        images=dataclasses.replace(images, patches=np.where(empty[..., None], 50.0, images.patches).astype(np.float32)),
+    )
+    actual = prompt_hidden(params, changed, config)
+    assert np.isfinite(actual).all()
+    np.testing.assert_array_equal(actual[prompts.prompt_mask], expected[prompts.prompt_mask])
+
+
+def test_images_of_one_packing_row_are_isolated(random_model):
+    config, params = random_model
+    images = example_prompts().images
+    other = np.where((images.segment_ids == 2)[..., None], images.patches + 3, images.patches)
+    before = encode_images(params, images, config)
+    after = encode_images(params, dataclasses.replace(images, patches=other), config)
+    segment_ids = images.segment_ids.reshape(-1)[::4]
+    second, others = segment_ids == 2, segment_ids == 1
+    for old, new in ((before.main, after.main), (before.deepstack[1], after.deepstack[1])):
+        np.testing.assert_array_equal(old[others], new[others])
+        assert np.abs(old[second] - new[second]).max() > 0.01
+
+
+def test_execution_choices_change_no_result(random_model):
+    """Scanned layers against unrolled ones; the gradients of scanned, recomputed layers are compared above."""
+    config, params = random_model
+    prompts = example_prompts()
+    scanned = dataclasses.replace(config, scan_layers=True, remat=True)
+    results = []
+    for choice in (config, scanned):
+        features = encode_images(params, prompts.images, choice)
+        results.append((prompt_hidden(params, prompts, choice), prefill(params, prompts, features, choice)))
+    assert len(results[1][1][1]) == config.text.num_layers
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=CACHE_TOLERANCE), *results)
+
+
+def test_unstacking_keeps_layers_and_gradients():
+    stack = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.arange(3.0)}
+    layers = unstack(stack)
+    assert len(layers) == 3
+    np.testing.assert_array_equal(layers[1]["a"], [4, 5, 6, 7])
+    assert layers[1]["b"].shape == ()
+    weights = [1.0, 10.0, 100.0]
+
+    def weighted(stack):
+        return sum(w * (layer["a"].sum() + layer["b"]) for w, layer in zip(weights, unstack(stack), strict=True))
+
+    gradient = jax.grad(weighted)(stack)
+    np.testing.assert_array_equal(gradient["a"], np.repeat(np.array(weights)[:, None], 4, 1))
+    np.testing.assert_array_equal(gradient["b"], weights)
+
+
+def test_bfloat16_compute_stays_near_float32(random_model):
+    config, params = random_model
+    prompts = example_prompts()
+    half = dataclasses.replace(config, dtype="bfloat16")
+    assert prompt_hidden(params, prompts, half).dtype == jnp.bfloat16
+    expected, actual = prompt_logits(params, prompts, config), prompt_logits(params, prompts, half)
+    assert actual.dtype == jnp.float32
+    error = np.abs(actual - expected)[prompts.prompt_mask].max()
+    assert 0 < error < BFLOAT16_TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("axis_sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data", "mixed"])
+def test_eight_devices_equal_one(random_model, axis_sizes):
+    config, params = random_model
+    base = example_prompts()
+    eight = jax.tree.map(lambda leaf: np.tile(leaf, (8,) + (1,) * (leaf.ndim - 1)), base)
+    m = base.images.segment_ids.size // 4
+    shift = np.repeat(np.arange(8, dtype=np.int32) * m, 3)[:, None]
+    eight = dataclasses.replace(
+        eight,
+        positions=np.tile(base.positions, (1, 8, 1)),
+        feature_index=np.where(eight.vision_mask, eight.feature_index + shift, 0),
+    )
+    expected = prompt_hidden(params, base, config)
+    mesh = make_mesh(axis_sizes)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(params, mesh))
+        actual = prompt_hidden(placed, shard_batch(eight, mesh), config)
+    assert len(actual.sharding.device_set) == 8
+    real = eight.prompt_mask
+    np.testing.assert_allclose(actual[real], np.tile(expected, (8, 1, 1))[real], atol=CACHE_TOLERANCE)
+
+
+PUBLISHED_BILLIONS = {  # total and vision, counted from the published configurations
+    "qwen3-vl-2b": (2.128, 0.407),
+    "qwen3-vl-4b": (4.438, 0.415),
+    "qwen3-vl-8b": (8.767, 0.576),
+    "qwen3-vl-32b": (33.357, 0.595),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_BILLIONS)
+def test_published_parameter_counts(name):
+    config = qwen_vl.PUBLISHED_SIZES[name]
+    shapes = jax.eval_shape(lambda key: qwen_vl.init_params(config, key), jax.random.key(0))
+    total, vision = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, shapes["vision"]))
+    assert (round(total / 1e9, 3), round(vision / 1e9, 3)) == PUBLISHED_BILLIONS[name]
+    assert qwen_vl.QwenVLConfig.from_hf(config.to_hf()) == config
+
+
+def test_initial_spread():
+    key = jax.random.key(0, impl="unsafe_rbg")  # a third of the compile time of the default generator
+    params = jax.jit(qwen_vl.init_params, static_argnums=0)(tiny_config(), key)
+    text, vision = params["text"], params["vision"]
+    for leaf in (text["embed"], text["layers"]["gate"]["kernel"], vision["blocks"]["stage_1"]["fc1"]["kernel"]):
+        assert abs(float(leaf.std()) - 0.02) < 0.001
+    first, second = text["deepstack_layers"]["q"]["kernel"]  # layers are drawn independently
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
+    assert (vision["merger"]["norm"]["scale"] == 1).all() and (vision["patch_embed"]["bias"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float64"}, "float64"),
+        ({"attention": "flash"}, "flash"),
+        ({"image_token_id": 100}, "image_token_id"),
+    ],
+)
+def test_config_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny_config(), **change)
+
+
+def test_features_are_spliced_by_index(random_model):
+    """The feature index, not the order of appearance, says which feature a token takes."""
+    config, params = random_model
+    prompts = example_prompts()
+    features = encode_images(params, prompts.images, config)
+    order = np.random.default_rng(0).permutation(len(features.main))
+    shuffled = VisionFeatures(main=features.main[order], deepstack=features.deepstack[:, order])
+    index = np.where(prompts.vision_mask, np.argsort(order)[prompts.feature_index], 0).astype(np.int32)
+    arguments = (prompts.prompt_ids, prompts.prompt_mask, prompts.positions, prompts.vision_mask)
+    expected = text_hidden(params, *arguments, prompts.feature_index, features, config)
+    np.testing.assert_array_equal(text_hidden(params, *arguments, index, shuffled, config), expected)
