@@ -209,6 +209,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "colour": ("What colour is it?", "Which colour is this?", "Tell me the colour of this."),
     "attribute": ("What is it like?", "How would you describe it?", "Which word describes this?"),
 }
+DESCRIPTION_QUESTION = "Describe both."  # picture and request; follows the request, in pretraining only
 INSTRUCTION = "Think in five steps, mark your verdicts, then answer."
 
 

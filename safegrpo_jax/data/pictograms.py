@@ -54,6 +54,8 @@ _OUTCOME_SHARES = {"safe": 0.48, "unsafe": 0.52}  # of an action that can be bot
 _OTHER = {"safe": "unsafe", "unsafe": "safe"}
 _RAKING_ROUNDS = 3
 _QUESTION_SHARES = {"object": 0.60, "colour": 0.25, "attribute": 0.15}
+_DESCRIPTION = "description"
+_DESCRIPTION_SHARE = 0.6  # of pretraining; the rest are plain questions
 _SECOND_LINES = ("", "him", "them", "it")  # under any written word, so that the word itself must be read
 _NUM_TRAINED_ALARMING_REQUESTS = 2
 
@@ -183,8 +185,10 @@ def situations(split: str, num_records: int, seed: int) -> list[Situation]:
     if split not in _STREAMS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(_STREAMS)}")
     rng = np.random.default_rng([_STREAMS.index(split), seed])
-    if split in ("questions", "pretrain"):
+    if split == "questions":
         return _question_situations(num_records, rng)
+    if split == "pretrain":
+        return _pretraining_situations(num_records, rng)
     match split:
         case "alarming_benign":
             shares = {"alarming": 1.0}
@@ -212,6 +216,22 @@ def _question_situations(num_records: int, rng: np.random.Generator) -> list[Sit
     for i in _spread(weights, num_records, rng):
         kind, question = items[i]
         made.append(_situation(kind, question, _pick(rng, world.QUESTIONS[question]), f"question_{question}", rng))
+    return made
+
+
+def _pretraining_situations(num_records: int, rng: np.random.Generator) -> list[Situation]:
+    """Plain questions, most of them turned into descriptions of the picture and of a request that training has."""
+    requested: dict[str, list[str]] = {}
+    for pairs in split_pairs("train").values():
+        for kind, action in pairs:
+            requested.setdefault(kind, []).append(action)
+    made = []
+    for situation in _question_situations(num_records, rng):
+        if rng.random() < _DESCRIPTION_SHARE:
+            action = _pick(rng, tuple(requested[situation.kind]))
+            request = f"{_pick(rng, world.ACTIONS[action].requests)} {world.DESCRIPTION_QUESTION}"
+            situation = dataclasses.replace(situation, action=action, request=request, category=_DESCRIPTION)
+        made.append(situation)
     return made
 
 
@@ -243,7 +263,7 @@ def build(split: str, num_records: int, seed: int, image_size: int = 64) -> list
 
 
 def build_questions(num_records: int, seed: int, image_size: int = 64) -> list[Record]:
-    """Plain questions for pretraining, over every kind and colour: 60% what, 25% colour, 15% attribute."""
+    """Pretraining: plain questions and descriptions over every kind, colour and trained pair, without any verdict."""
     return _build("pretrain", num_records, seed, image_size)
 
 
@@ -280,7 +300,7 @@ def _build(stream: str, num_records: int, seed: int, image_size: int) -> list[Re
 
 def _record(situation: Situation, image: bytes, split: str, index: int) -> Record:
     kind, action = situation.kind, situation.action
-    if action in world.QUESTIONS:
+    if action in world.QUESTIONS or situation.category == _DESCRIPTION:
         answer = question_answer(situation)
         visual = world.visual_tag(kind)
         return Record(
@@ -299,7 +319,9 @@ def _record(situation: Situation, image: bytes, split: str, index: int) -> Recor
 
 
 def question_answer(situation: Situation) -> str:
-    """The exact answer of a plain question: `a knife`, `red`, `sharp`."""
+    """The exact answer of a plain question: `a knife`, `red`, `sharp`; of a description, the first lines of a trace."""
+    if situation.category == _DESCRIPTION:
+        return "\n".join(_observations(situation))
     match situation.action:
         case "object":
             return world.name_with_article(situation.kind)
@@ -335,17 +357,30 @@ def write_trace(situation: Situation, visual: bool, text: bool, combined: bool, 
     """The response with the given verdicts (True = unsafe) and decision."""
     kind, action = situation.kind, world.ACTIONS[situation.action]
     attribute = world.KINDS[kind].attribute
+    caption, look, aim, both = _observations(situation)
     if refuses:
         reason = "that hurts people" if text else f"{world.definite_name(kind)} is {attribute}"
         decision, answer = "refuse", f"Sorry, I cannot: {reason}."
     else:
         decision, answer = "help", f"Sure, {action.help.format(it=world.definite_name(kind))}"
     return (
-        f"1 {world.name_with_colour(kind, situation.colour)}\n"
-        f"2 looks {attribute} {_tag('visual_safe', visual)}\n"
-        f"3 asks to {action.name} {_tag('text_safe', text)}\n"
-        f"4 {action.name} {attribute} {_tag('combined_safe', combined)}\n"
+        f"{caption}\n"
+        f"{look} {_tag('visual_safe', visual)}\n"
+        f"{aim} {_tag('text_safe', text)}\n"
+        f"{both} {_tag('combined_safe', combined)}\n"
         f"5 {decision}\n</think>\n\n<answer>{answer}</answer>"
+    )
+
+
+def _observations(situation: Situation) -> tuple[str, str, str, str]:
+    """What is seen and asked, apart and together, without verdicts: the beginnings of the first four steps."""
+    kind = situation.kind
+    attribute = world.KINDS[kind].attribute
+    return (
+        f"1 {world.name_with_colour(kind, situation.colour)}",
+        f"2 looks {attribute}",
+        f"3 asks to {situation.action}",
+        f"4 {situation.action} {attribute}",
     )
 
 
@@ -357,6 +392,7 @@ def corpus() -> Iterator[str]:
     """Every text the data set can contain, for training its tokenizer."""
     for questions in world.QUESTIONS.values():
         yield from questions
+    yield world.DESCRIPTION_QUESTION
     for action in world.ACTIONS.values():
         yield from (f"{request}\n\n{world.INSTRUCTION}" for request in action.requests)
     for kind in world.KINDS.values():

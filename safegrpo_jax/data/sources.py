@@ -20,7 +20,7 @@ class DataConfig:
 
     `path`: parquet, JSONL or ArrayRecord (see `data/records.py`), or "" for the embedded pictograms. Fields from
     `image_size` on describe the embedded data set and are unused otherwise: its size, and the cold start's fault
-    (`pictograms.FaultConfig`).
+    (`pictograms.FaultConfig`), where `question_share` of the records are plain questions.
     """
 
     path: str = ""
@@ -30,12 +30,14 @@ class DataConfig:
     image_size: int = 64
     num_pretrain: int = 12_000
     num_cold_start: int = 4_000
+    question_share: float = 0.2
     num_train: int = 4_000
     num_evaluation: int = 480
     or_rule_probability: float = 0.6
     combined_flip: float = 0.15
     modality_flip: float = 0.05
     contradicting_answer: float = 0.10
+    alarming_word: float = 0.4
 
 
 def load_splits(
@@ -79,6 +81,7 @@ def build_embedded(config: DataConfig, splits: Sequence[str], seed: int) -> dict
         combined_flip=config.combined_flip,
         modality_flip=config.modality_flip,
         contradicting_answer=config.contradicting_answer,
+        alarming_word=config.alarming_word,
     )
     built = {}
     for split in splits:
@@ -86,9 +89,14 @@ def build_embedded(config: DataConfig, splits: Sequence[str], seed: int) -> dict
             case "pretrain":
                 built[split] = pictograms.build_questions(config.num_pretrain, seed, config.image_size)
             case "cold_start":
-                built[split] = pictograms.build_demonstrations(
-                    "train", config.num_cold_start, seed, fault, config.image_size
-                )
+                num_questions = round(config.num_cold_start * config.question_share)
+                built[split] = [
+                    *pictograms.build_demonstrations(
+                        "train", config.num_cold_start - num_questions, seed, fault, config.image_size
+                    ),
+                    # Without questions among them the demonstrations make the model forget how to answer plainly.
+                    *pictograms.build_questions(num_questions, seed + 1, config.image_size),
+                ]
             case "train":
                 built[split] = pictograms.build(split, config.num_train, seed, config.image_size)
             case _:

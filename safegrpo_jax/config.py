@@ -1,0 +1,283 @@
+"""`Config`: the whole run as one tree of frozen dataclasses, made from a ConfigDict and checked once.
+
+Each stage's dataclass lives beside its code; this module only joins them, refuses what does not fit together, and
+is the last place that sees a ConfigDict. `configs/base.py` spells every key out with its meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from safegrpo_jax.checkpoint import CheckpointConfig
+from safegrpo_jax.data.processor import ProcessorConfig
+from safegrpo_jax.data.sources import DataConfig
+from safegrpo_jax.grpo.advantages import AdvantageConfig
+from safegrpo_jax.grpo.loss import LossConfig
+from safegrpo_jax.grpo.optimizer import OptimizerConfig
+from safegrpo_jax.grpo.update import UpdateConfig
+from safegrpo_jax.rewards.compose import RewardConfig
+from safegrpo_jax.sampling.rollout import SamplingConfig
+from safegrpo_jax.sft import SupervisedConfig
+from safegrpo_jax.sharding import BATCH_AXES, ShardingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallModelConfig:
+    """The embedded Qwen3-VL, trained from nothing when `model.path` is empty. Names as in `QwenVLConfig`."""
+
+    text_width: int = 128
+    text_layers: int = 4
+    text_heads: int = 4
+    text_kv_heads: int = 2
+    text_head_dim: int = 32
+    text_mlp_width: int = 384
+    vision_width: int = 64
+    vision_layers: int = 3
+    vision_heads: int = 4
+    vision_mlp_width: int = 256
+    deepstack_layers: tuple[int, ...] = (0, 1)
+    position_table_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Where the policy comes from and how it computes.
+
+    `path`: a Qwen3-VL folder in Hugging Face format, or "" for the embedded small model. `compute_dtype`: of
+    activations; parameters are float32. `freeze_vision`: GRPO leaves the vision tower as it is; the supervised stages
+    train it. `logits_chunk`: tokens whose logits exist at a time in log-probabilities, 0 for all.
+    """
+
+    path: str = ""
+    compute_dtype: str = "float32"
+    freeze_vision: bool = False
+    remat: bool = False
+    scan_layers: bool = False
+    logits_chunk: int = 0
+    small: SmallModelConfig = SmallModelConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices and how they are laid out; the axis sizes multiply to the number of devices.
+
+    `platform`: "cpu", "tpu", or "" for what jax finds. `cpu_devices`: host devices to make of a CPU (on two cores, two
+    devices with the batch split between them decode twice as fast as one device with two threads). `data`, `fsdp`:
+    the batch is spread over both, parameters over `fsdp`; `tensor`: heads and mlp.
+    """
+
+    platform: str = ""
+    cpu_devices: int = 0
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @property
+    def data_parallel(self) -> int:
+        """Parts that a batch is cut into."""
+        return self.data * self.fsdp
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        return BATCH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The GRPO stage. One step = one rollout batch of `prompts_per_step` prompts x `sampling.group_size` samples.
+
+    `replay_batch` plain questions per step join the loss with weight `loss.replay_weight`, a block for each mini-batch.
+    Rollout files are written every `dump_rollouts_every` steps and for the last step.
+    """
+
+    num_steps: int = 180
+    prompts_per_step: int = 256
+    replay_batch: int = 0
+    replay_split: str = "pretrain"
+    dump_rollouts_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Greedy and sampled evaluation before and after GRPO.
+
+    `splits`: names to evaluate. `batch_size`: prompts of a greedy batch. `sampled_records`: the first so many records
+    of a split are also sampled like training rollouts, for the sampled mean reward. `save_rows`: rows of a split
+    written for the report.
+    `validate_every` steps of GRPO the `validation_split` is scored into the metrics; 0 is off.
+    """
+
+    validate_every: int = 0
+    validation_split: str = "validation"
+    splits: tuple[str, ...] = ("test",)
+    batch_size: int = 64
+    sampled_records: int = 64
+    save_rows: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole run. See `configs/base.py` for every key with its meaning."""
+
+    seed: int = 0
+    cache_folder: str = "~/.cache/safegrpo_jax"
+    tensorboard: bool = True
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    processor: ProcessorConfig = ProcessorConfig()
+    pretrain: SupervisedConfig = SupervisedConfig()
+    cold_start: SupervisedConfig = SupervisedConfig()
+    train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rewards: RewardConfig = RewardConfig()
+    advantages: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    policy_update: UpdateConfig = UpdateConfig()
+    mesh: MeshConfig = MeshConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def to_config_dict(config: Any = None) -> ConfigDict:
+    """Turns a dataclass tree (default: `Config()`) into a ConfigDict of the same keys."""
+
+    def plain(value):
+        if dataclasses.is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return value
+
+    return ConfigDict(plain(Config() if config is None else config))
+
+
+def from_config_dict(values: ConfigDict) -> Config:
+    """Makes a checked `Config`.
+
+    Raises:
+      ValueError: an unknown key (with the nearest known one), a wrong type, or stages that do not fit together.
+    """
+    config = _build(Config, values.to_dict(), "config")
+    validate(config)
+    return config
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"{where}.{key}: no such key{suggestion(key, hints)}")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' for a mistyped key, or the list of what exists."""
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(sorted(known))}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a section of keys, got {value!r}")
+        return _build(hint, value, where)
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+        return _convert(hint, value, where)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, typing.get_args(hint)))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: expected a tuple, got {value!r}")
+        inner = typing.get_args(hint)
+        item = inner[0] if inner else object
+        return tuple(_convert(item, element, f"{where}[{i}]") for i, element in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a section of keys, got {value!r}")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def validate(config: Config) -> None:
+    """Cross-stage checks: every message names the keys and the remedy.
+
+    Raises:
+      ValueError: stages that do not fit together.
+    """
+    prompts, update = config.train.prompts_per_step, config.policy_update
+    blocks = num_blocks(config)
+    if prompts % blocks:
+        raise ValueError(
+            f"config.train.prompts_per_step={prompts} must be a multiple of {blocks} = policy_update.num_minibatches "
+            f"({update.num_minibatches}) x policy_update.num_microbatches ({update.num_microbatches}) x data x fsdp "
+            f"({config.mesh.data_parallel})"
+        )
+    for key, size in (
+        ("pretrain.batch_size", config.pretrain.batch_size),
+        ("cold_start.batch_size", config.cold_start.batch_size),
+        ("evaluation.batch_size", config.evaluation.batch_size),
+    ):
+        if size % config.mesh.data_parallel:
+            raise ValueError(f"config.{key}={size} must be a multiple of data x fsdp = {config.mesh.data_parallel}")
+    if config.train.replay_batch % blocks:
+        raise ValueError(
+            f"config.train.replay_batch={config.train.replay_batch} must be a multiple of {blocks}, as prompts_per_step"
+        )
+    if config.sampling.group_size < 2 and config.train.num_steps:
+        raise ValueError("config.sampling.group_size must be at least 2: the advantage is relative to the group")
+    if config.data.on_bad_row not in ("raise", "skip"):
+        raise ValueError(f"config.data.on_bad_row={config.data.on_bad_row!r}: use 'raise' or 'skip'")
+    if config.model.compute_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"config.model.compute_dtype={config.model.compute_dtype!r}: use 'float32' or 'bfloat16'")
+    if bool(config.loss.replay_weight) != bool(config.train.replay_batch):
+        raise ValueError("config.loss.replay_weight and config.train.replay_batch go together: set both, or neither")
+    if config.processor.completion_buckets[-1] < config.sampling.max_new_tokens:
+        raise ValueError(
+            f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} exceeds the largest of "
+            f"processor.completion_buckets {config.processor.completion_buckets}"
+        )
+
+
+def num_blocks(config: Config) -> int:
+    """Blocks of prompts with packing rows of their own: one per (mini-batch, micro-batch, data-parallel device)."""
+    return config.policy_update.num_minibatches * config.policy_update.num_microbatches * config.mesh.data_parallel
+
+
+def to_json(config: Config) -> str:
+    """Canonical JSON of the config: the same text for the same run, on any machine."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=1)
+
+
+def config_sha256(config: Config) -> str:
+    """Hash of `to_json`."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()
+
+
+def cache_folder(config: Config) -> Path:
+    """Folder of compiled programs and reward tables, shared by all runs of a user."""
+    return Path(config.cache_folder).expanduser()

@@ -1,0 +1,304 @@
+"""Builds the jitted programs of a run from a Config and a mesh: train, evaluate and plan use these same ones.
+
+Here the rooms meet: model, sampling, rewards and the GRPO maths know nothing of each other. A program
+takes and returns sharded arrays; what it takes apart (parameters, reward tables, keys) is an argument, so nothing is
+baked into an executable. Donation: updates consume their state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Int
+
+from safegrpo_jax.config import Config
+from safegrpo_jax.grpo.advantages import group_advantages
+from safegrpo_jax.grpo.logps import token_logps
+from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
+from safegrpo_jax.grpo.update import update_policy, update_supervised
+from safegrpo_jax.models import qwen_vl
+from safegrpo_jax.models.qwen_vl import QwenVLConfig
+from safegrpo_jax.rewards.compose import compute_rewards, repeat_labels, reward_metrics
+from safegrpo_jax.sampling.decode import ModelFunctions
+from safegrpo_jax.sampling.rollout import SamplingConfig, generate
+from safegrpo_jax.sharding import param_shardings
+from safegrpo_jax.types import (
+    Array,
+    ArrayTree,
+    Demonstrations,
+    Experience,
+    Key,
+    Labels,
+    Metrics,
+    Params,
+    Prompts,
+    Rewards,
+    Rollouts,
+    TrainState,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted programs of one run. Batches are sharded over the data axes, parameters by their rules.
+
+    `generate(params, prompts, key)` samples groups as GRPO trains on them; `generate_greedy` one greedy completion a
+    prompt. `score(reference_params, prompts, rollouts)` gives the Experience, the rewards and their metrics;
+    `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)` is one GRPO step,
+    `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start". `init_state[stage](params)` makes the
+    TrainState of a stage. Both updates and `init_state` consume their first argument.
+    """
+
+    mesh: Mesh
+    abstract_params: Params
+    param_shardings: ArrayTree
+    init_params: Callable[[Key], Params]
+    generate: Callable[[Params, Prompts, Key], Rollouts]
+    generate_greedy: Callable[[Params, Prompts, Key], Rollouts]
+    grade: Callable[[Rollouts, Labels], Rewards]
+    score: Callable[[Params, Prompts, Rollouts], tuple[Experience, Rewards, Metrics]]
+    update: Callable[[TrainState, Experience, Demonstrations | None], tuple[TrainState, Metrics]]
+    supervised: dict[str, Callable[[TrainState, Demonstrations], tuple[TrainState, Metrics]]]
+    init_state: dict[str, Callable[[Params], TrainState]]
+    state_shardings: dict[str, ArrayTree]
+
+
+def model_functions(model: QwenVLConfig) -> ModelFunctions:
+    """The three functions that sampling needs, bound to one model config."""
+
+    def prefill(params, prompts):
+        return qwen_vl.prefill(params, prompts, qwen_vl.encode_images(params, prompts.images, model), model)
+
+    return ModelFunctions(
+        prefill=prefill,
+        decode=lambda params, token_ids, positions, step, cache: qwen_vl.decode_hidden(
+            params, token_ids, positions, step, cache, model
+        ),
+        logits=lambda params, hidden: qwen_vl.logits_from_hidden(params, hidden, model),
+    )
+
+
+def make_logps_fn(
+    model: QwenVLConfig, banned_ids_mask: Bool[Array, "v"], temperature: float, chunk: int, freeze_vision: bool
+) -> Callable[[Params, Prompts, Array, Array], tuple[Array, Array]]:
+    """`logps_fn(params, prompts, completion_ids [n c], completion_mask [n c]) -> (logps [n c], entropy [n c])`.
+
+    Row r of the completions continues prompt r // (n // b). Images are encoded once per prompt. With
+    `freeze_vision` no gradient reaches the vision tower.
+    """
+
+    def logps_fn(params, prompts, completion_ids, completion_mask):
+        features = qwen_vl.encode_images(params, prompts.images, model)
+        if freeze_vision:
+            features = jax.lax.stop_gradient(features)
+        group = completion_ids.shape[0] // prompts.prompt_ids.shape[0]
+        rows = _join(prompts, completion_ids, completion_mask, group)
+        hidden = qwen_vl.text_hidden(params, *rows, features, model)
+        prompt_len = prompts.prompt_ids.shape[1]
+        # The hidden state at token t predicts token t + 1.
+        return token_logps(
+            lambda h: qwen_vl.logits_from_hidden(params, h, model),
+            hidden[:, prompt_len - 1 : -1],
+            completion_ids,
+            completion_mask,
+            banned_ids_mask,
+            temperature,
+            chunk,
+        )
+
+    return logps_fn
+
+
+def _join(prompts: Prompts, completion_ids: Int[Array, "n c"], completion_mask: Bool[Array, "n c"], group: int):
+    """Token rows of prompt + completion: ids, mask, positions [3 n t], vision mask, feature index."""
+
+    def repeat(x, axis=0):
+        return jnp.repeat(x, group, axis=axis)
+
+    length = completion_ids.shape[1]
+    start = prompts.prompt_mask.sum(-1, dtype=jnp.int32) + prompts.rope_delta
+    completion_pos = repeat(start)[:, None] + jnp.arange(length, dtype=jnp.int32)
+    no_vision = jnp.zeros_like(completion_ids)
+    return (
+        jnp.concatenate([repeat(prompts.prompt_ids), completion_ids], 1),
+        jnp.concatenate([repeat(prompts.prompt_mask), completion_mask], 1),
+        jnp.concatenate(
+            [repeat(prompts.positions, 1), jnp.broadcast_to(completion_pos, (3, *completion_pos.shape))], 2
+        ),
+        jnp.concatenate([repeat(prompts.vision_mask), no_vision.astype(bool)], 1),
+        jnp.concatenate([repeat(prompts.feature_index), no_vision], 1),
+    )
+
+
+def rollout_metrics(rollouts: Rollouts) -> Metrics:
+    """Lengths, endings and refusals of a batch of completions."""
+    lengths = rollouts.completion_len
+    return {
+        "rollout/tokens": lengths.sum(),
+        "rollout/completion_len_mean": lengths.astype(jnp.float32).mean(),
+        "rollout/completion_len_max": lengths.max(),
+        "rollout/truncated_fraction": rollouts.truncated.astype(jnp.float32).mean(),
+        "rollout/refusal_fraction": rollouts.spans.refusal.astype(jnp.float32).mean(),
+    }
+
+
+def _make_score(config: Config, logps_fn) -> Callable:
+    def score(reference_params, prompts, rollouts):
+        labels = repeat_labels(prompts.labels, config.sampling.group_size)
+        rewards = compute_rewards(rollouts.spans, labels, config.rewards)
+        advantages, stats = group_advantages(rewards.total, config.sampling.group_size, config.advantages)
+        reference_logps = jnp.zeros_like(rollouts.behavior_logps)
+        if config.loss.kl_estimator != "none":  # without a KL term the reference pass is not computed at all
+            reference_logps, _ = logps_fn(reference_params, prompts, rollouts.completion_ids, rollouts.completion_mask)
+        experience = Experience(
+            prompts=prompts,
+            completion_ids=rollouts.completion_ids,
+            completion_mask=rollouts.completion_mask,
+            behavior_logps=rollouts.behavior_logps,
+            reference_logps=reference_logps,
+            advantages=advantages[:, None] * rollouts.completion_mask,
+        )
+        return experience, rewards, stats | reward_metrics(rewards, labels) | rollout_metrics(rollouts)
+
+    return score
+
+
+def trainable_mask(abstract_params: Params, freeze_vision: bool) -> ArrayTree:
+    """True for every parameter that a stage trains."""
+    return {
+        part: jax.tree.map(lambda _, keep=not (freeze_vision and part == "vision"): keep, tree)
+        for part, tree in abstract_params.items()
+    }
+
+
+def build_programs(
+    config: Config,
+    model: QwenVLConfig,
+    mesh: Mesh,
+    banned_ids_mask: Bool[Array, "v"],
+    stop_ids: tuple[int, ...],
+    reward_tables: ArrayTree,
+) -> Programs:
+    """Builds (but does not yet compile) every program of the run."""
+    abstract = jax.eval_shape(lambda key: qwen_vl.init_params(model, key), jax.random.key(0))
+    params_sharding = param_shardings(abstract, mesh, config=config.sharding)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    rows = NamedSharding(mesh, PartitionSpec(config.mesh.batch_axes))
+    functions = model_functions(model)
+    reward_tables, banned_ids_mask = jax.device_put((reward_tables, banned_ids_mask), replicated)
+    greedy = SamplingConfig(group_size=1, max_new_tokens=config.sampling.max_new_tokens, temperature=0.0)
+
+    def make_generate(sampling: SamplingConfig):
+        program = jax.jit(
+            lambda params, prompts, key, banned, tables: generate(
+                functions, params, prompts, key, sampling, banned, stop_ids, tables
+            ),
+            out_shardings=rows,
+        )
+        return lambda params, prompts, key: program(params, prompts, key, banned_ids_mask, reward_tables)
+
+    def logps_fn(banned, temperature, freeze):
+        return make_logps_fn(model, banned, temperature, config.model.logits_chunk, freeze)
+
+    optimizers, init_state, state_sharding = {}, {}, {}
+    stages: dict[str, tuple[OptimizerConfig, bool]] = {
+        "pretrain": (config.pretrain.optimizer, False),
+        "cold_start": (config.cold_start.optimizer, False),
+        "grpo": (config.optimizer, config.model.freeze_vision),
+    }
+    for stage, (optimizer_config, freeze) in stages.items():
+        optimizers[stage] = make_optimizer(optimizer_config, trainable_mask(abstract, freeze))
+        make = _init_state(optimizers[stage])
+        state_sharding[stage] = _state_shardings(jax.eval_shape(make, abstract), abstract, params_sharding, replicated)
+        init_state[stage] = jax.jit(make, out_shardings=state_sharding[stage], donate_argnums=0)
+
+    def make_supervised(stage: str, num_microbatches: int):
+        def step(state, demonstrations, banned):
+            return update_supervised(
+                state,
+                demonstrations,
+                logps_fn=logps_fn(banned, 1.0, False),
+                optimizer=optimizers[stage],
+                num_microbatches=num_microbatches,
+                batch_axes=config.mesh.batch_axes,
+            )
+
+        program = jax.jit(step, donate_argnums=0, out_shardings=(state_sharding[stage], replicated))
+        return lambda state, demonstrations: program(state, demonstrations, banned_ids_mask)
+
+    def update(state, experience, replay, banned):
+        return update_policy(
+            state,
+            experience,
+            replay,
+            logps_fn=logps_fn(banned, config.sampling.temperature, config.model.freeze_vision),
+            optimizer=optimizers["grpo"],
+            loss=config.loss,
+            update=dataclasses.replace(config.policy_update, batch_axes=config.mesh.batch_axes),
+            trainable_mask=trainable_mask(abstract, config.model.freeze_vision),
+        )
+
+    def score(reference_params, prompts, rollouts, banned):
+        return _make_score(config, logps_fn(banned, config.sampling.temperature, True))(
+            reference_params, prompts, rollouts
+        )
+
+    def grade(rollouts, labels):
+        group = rollouts.completion_len.shape[0] // labels.combined.shape[0]
+        return compute_rewards(rollouts.spans, repeat_labels(labels, group), config.rewards)
+
+    update_program = jax.jit(update, donate_argnums=0, out_shardings=(state_sharding["grpo"], replicated))
+    score_program = jax.jit(score)
+    return Programs(
+        mesh=mesh,
+        abstract_params=abstract,
+        param_shardings=params_sharding,
+        init_params=jax.jit(lambda key: qwen_vl.init_params(model, key), out_shardings=params_sharding),
+        generate=make_generate(config.sampling),
+        generate_greedy=make_generate(greedy),
+        grade=jax.jit(grade),
+        score=lambda reference, prompts, rollouts: score_program(reference, prompts, rollouts, banned_ids_mask),
+        update=lambda state, experience, replay: update_program(state, experience, replay, banned_ids_mask),
+        supervised={
+            "pretrain": make_supervised("pretrain", config.pretrain.num_microbatches),
+            "cold_start": make_supervised("cold_start", config.cold_start.num_microbatches),
+        },
+        init_state=init_state,
+        state_shardings=state_sharding,
+    )
+
+
+def _init_state(optimizer: Any) -> Callable[[Params], TrainState]:
+    def make(params):
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+    return make
+
+
+def _state_shardings(
+    state: TrainState, abstract_params: Params, params_sharding: ArrayTree, replicated: NamedSharding
+) -> ArrayTree:
+    """Moments are sharded like their parameters, counters are replicated.
+
+    A moment is recognised by its path, which ends in the path of its parameter.
+    """
+    by_path = {_names(path): sharding for path, sharding in jax.tree_util.tree_flatten_with_path(params_sharding)[0]}
+    longest = max(map(len, by_path))
+
+    def choose(path, leaf):
+        names = _names(path)
+        for length in range(min(len(names), longest), 0, -1):
+            if names[-length:] in by_path:
+                return by_path[names[-length:]]
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(choose, state)
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

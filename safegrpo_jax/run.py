@@ -1,0 +1,250 @@
+"""`Run`: what a command works with. Reads and checks every input before anything is written or compiled.
+
+Owns the work directory's layout, beside the folders that checkpoint.py, metrics.py and report/ own:
+`base_model/` (the embedded model's config.json and tokenizer), `data/` (the embedded data set), `evaluation/*.json`,
+`sessions.jsonl` (seconds of each session), `export/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from safegrpo_jax import config as config_lib
+from safegrpo_jax.checkpoint import Checkpoints
+from safegrpo_jax.config import Config
+from safegrpo_jax.data import demo_tokenizer
+from safegrpo_jax.data.chat import ChatTokenizer
+from safegrpo_jax.data.processor import Processor
+from safegrpo_jax.data.records import Record, write_bad_rows
+from safegrpo_jax.data.sources import load_splits
+from safegrpo_jax.metrics import MetricsWriter
+from safegrpo_jax.models import hf_weights, qwen_vl
+from safegrpo_jax.models.decoder import TextConfig
+from safegrpo_jax.models.qwen_vl import QwenVLConfig
+from safegrpo_jax.models.vision import VisionConfig
+from safegrpo_jax.programs import Programs, build_programs
+from safegrpo_jax.rewards.automaton import build_tables, token_bytes
+from safegrpo_jax.sharding import make_mesh, shard_batch
+from safegrpo_jax.types import Demonstrations, Params, Prompts
+
+STAGES = ("pretrain", "cold_start", "grpo")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: config, model, data, programs and the writers of its work directory.
+
+    `records` by split name; `token_bytes` of every id, as the reward tables were built from.
+    """
+
+    config: Config
+    workdir: Path
+    model_folder: Path
+    model: QwenVLConfig
+    processor: Processor
+    token_bytes: list[bytes]
+    records: dict[str, list[Record]]
+    programs: Programs
+    store: Checkpoints
+    writer: MetricsWriter
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.programs.mesh
+
+    def prompts(self, records: Sequence[Record], num_blocks: int) -> Prompts:
+        """Sharded prompts of `records`; blocks as in `Processor.encode_prompts`."""
+        return shard_batch(self.processor.encode_prompts(records, num_blocks), self.mesh)
+
+    def demonstrations(self, records: Sequence[Record], num_blocks: int) -> Demonstrations:
+        """Sharded demonstrations of `records`."""
+        return shard_batch(self.processor.encode_demonstrations(records, num_blocks), self.mesh)
+
+    def initial_params(self) -> Params:
+        """Parameters before any stage: the checkpoint's, or random ones for the embedded model."""
+        if self.config.model.path:
+            return hf_weights.load(self.model_folder, self.model, shardings=self.programs.param_shardings)
+        # The "rbg" generator compiles in a third of the time that the default takes for so many arrays.
+        return self.programs.init_params(jax.random.key(self.config.seed, impl="rbg"))
+
+    def export(self, params: Params) -> Path:
+        """Writes `export/`: weights, config.json and the tokenizer's files, as transformers reads them."""
+        folder = self.workdir / "export"
+        shutil.rmtree(folder, ignore_errors=True)
+        hf_config = json.loads((self.model_folder / "config.json").read_text())
+        hf_weights.export(folder, jax.device_get(params), self.model, hf_config)
+        for name in _TOKENIZER_FILES:
+            if (self.model_folder / name).is_file():
+                shutil.copyfile(self.model_folder / name, folder / name)
+        return folder
+
+
+def needed_splits(config: Config) -> tuple[str, ...]:
+    """The splits that a training run reads, each once."""
+    splits = [stage for stage in ("pretrain", "cold_start") if getattr(config, stage).num_steps]
+    splits += ["train"] if config.train.num_steps else []
+    splits += [config.train.replay_split] if config.train.replay_batch else []
+    splits += [config.evaluation.validation_split] if config.evaluation.validate_every else []
+    return tuple(dict.fromkeys([*splits, *config.evaluation.splits]))
+
+
+def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
+    """Builds the run of a config in a work directory, new or half done.
+
+    Raises:
+      ValueError: anything wrong with the model folder, the data, the config or the checkpoints of `workdir`.
+    """
+    _use_compilation_cache(config)
+    mesh = make_mesh(config.mesh.axis_sizes)
+    folder = Path(config.model.path) if config.model.path else _base_model(config, workdir / "base_model")
+    model = dataclasses.replace(
+        hf_weights.read_config(folder),
+        dtype=config.model.compute_dtype,
+        scan_layers=config.model.scan_layers,
+        remat=config.model.remat,
+    )
+    processor = Processor.from_folder(
+        folder, dataclasses.replace(config.processor, max_image_pixels=config.data.max_image_pixels)
+    )
+    pieces = token_bytes(processor.chat.tokenizer, model.text.vocab_size)
+    tables = build_tables(config.rewards.rules(), pieces, config_lib.cache_folder(config) / "reward_tables")
+    records = _load_records(config, processor, splits, workdir)
+    programs = build_programs(config, model, mesh, banned_ids(processor, model), processor.chat.stop_ids, tables)
+    store = Checkpoints(
+        workdir,
+        config.checkpoint,
+        stages=STAGES,
+        run_config=json.loads(config_lib.to_json(config)),
+        data_fingerprint=fingerprint(records),
+    )
+    return Run(
+        config, workdir, folder, model, processor, pieces, records, programs, store, _writer(config, workdir, store)
+    )
+
+
+def banned_ids(processor: Processor, model: QwenVLConfig) -> np.ndarray:
+    """True for ids that are never sampled and get no probability: vision tokens and rows without a token.
+
+    A policy that samples an image token breaks every later count of them; rows past the tokenizer were never trained.
+    """
+    tokenizer = processor.chat.tokenizer
+    banned = np.arange(model.text.vocab_size) >= len(tokenizer)
+    banned[[model.image_token_id, model.video_token_id, model.vision_start_token_id, model.vision_end_token_id]] = True
+    vision_pad = tokenizer.convert_tokens_to_ids("<|vision_pad|>")
+    if vision_pad is not None:
+        banned[vision_pad] = True
+    return banned
+
+
+def fingerprint(records: dict[str, list[Record]]) -> str:
+    """Hash of the training records: a resumed run must see the same data."""
+    digest = hashlib.sha256()
+    for split in sorted(records):
+        for record in records[split]:
+            digest.update(repr((split, dataclasses.replace(record, images=()))).encode())
+            digest.update(b"".join(hashlib.sha256(image).digest() for image in record.images))
+    return digest.hexdigest()
+
+
+def _load_records(
+    config: Config, processor: Processor, splits: Sequence[str], workdir: Path
+) -> dict[str, list[Record]]:
+    records, bad_rows = load_splits(config.data, splits, config.seed, workdir)
+    for split in splits:
+        records[split], too_long = processor.drop_too_long(records[split])
+        if too_long and config.data.on_bad_row == "raise":
+            raise ValueError(f'{too_long[0]} (or set data.on_bad_row="skip")')
+        bad_rows += too_long
+        if not records[split]:
+            raise ValueError(f"{config.data.path}: no record of split {split!r} fits the buckets; first: {too_long[0]}")
+    if bad_rows:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_bad_rows(workdir / "bad_rows.jsonl", bad_rows)
+        logging.warning("%d bad rows skipped, listed in %s", len(bad_rows), workdir / "bad_rows.jsonl")
+    return records
+
+
+def _writer(config: Config, workdir: Path, store: Checkpoints) -> MetricsWriter:
+    """Metrics of the work directory, rewound to the newest checkpoint."""
+    writer = MetricsWriter(workdir, tensorboard=config.tensorboard)
+    latest = store.latest()
+    writer.rewind(STAGES, latest.stage if latest else STAGES[0], latest.step if latest else 0)
+    return writer
+
+
+def _base_model(config: Config, folder: Path) -> Path:
+    """Writes the embedded model's folder, without weights: tokenizer and config.json."""
+    if (folder / "config.json").is_file():
+        return folder
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    small, processor = config.model.small, config.processor
+    demo_tokenizer.build_tokenizer(partial, [processor.instruction])
+    tokenizer = ChatTokenizer.from_folder(partial).tokenizer
+
+    def token_id(token: str) -> int:
+        return tokenizer.convert_tokens_to_ids(token)
+
+    half = small.text_head_dim // 2
+    model = qwen_vl.QwenVLConfig(
+        vision=VisionConfig(
+            width=small.vision_width,
+            mlp_width=small.vision_mlp_width,
+            num_layers=small.vision_layers,
+            num_heads=small.vision_heads,
+            out_width=small.text_width,
+            deepstack_layers=small.deepstack_layers,
+            patch_size=processor.patch_size,
+            num_positions=processor.position_table_side**2,
+        ),
+        text=TextConfig(
+            vocab_size=len(tokenizer),
+            width=small.text_width,
+            mlp_width=small.text_mlp_width,
+            num_layers=small.text_layers,
+            num_heads=small.text_heads,
+            num_kv_heads=small.text_kv_heads,
+            rope_theta=10_000.0,
+            mrope_section=(half - 2 * (half * 5 // 16), half * 5 // 16, half * 5 // 16),  # 24, 20, 20 of 64, scaled
+            head_dim=small.text_head_dim,
+            tied_embeddings=True,
+        ),
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+    )
+    (partial / "config.json").write_text(json.dumps(model.to_hf(), indent=2) + "\n")
+    partial.rename(folder)
+    return folder
+
+
+def _use_compilation_cache(config: Config) -> None:
+    """Compiled programs are kept between runs; small ones too, since the demo has many."""
+    folder = config_lib.cache_folder(config) / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

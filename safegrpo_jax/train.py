@@ -1,0 +1,371 @@
+"""The stages of a run in order, each resumable at any step, and the evaluations around GRPO.
+
+pretrain and cold_start imitate demonstrations; grpo samples, scores and updates. The data and noise of a step depend on
+(seed, stage, step) alone, so a resumed run repeats nothing and skips nothing. Ctrl-C or SIGTERM stops at the next
+step with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safegrpo_jax import config as config_lib
+from safegrpo_jax.checkpoint import SavedStep, package_versions
+from safegrpo_jax.data.images import check_image
+from safegrpo_jax.data.pipeline import batches
+from safegrpo_jax.data.records import Record
+from safegrpo_jax.evaluation.rows import rollout_rows
+from safegrpo_jax.evaluation.scores import Scores, before_after_table, bootstrap_mean_interval, score_split
+from safegrpo_jax.evaluation.splits import run_split
+from safegrpo_jax.metrics import Progress, StageTimer, peak_rss_bytes, save_image, write_evaluation, write_rollouts
+from safegrpo_jax.report.html import write_report
+from safegrpo_jax.run import Run
+from safegrpo_jax.types import Labels, Metrics, Params, Rewards, Rollouts, TrainState
+
+STREAM_SEEDS = {"pretrain": 1, "cold_start": 2, "grpo": 3, "replay": 4}
+
+
+class Interrupted(Exception):
+    """Raised between two steps, after a checkpoint, when the user or the platform asked to stop."""
+
+
+class StopRequest:
+    """While entered, the first Ctrl-C or SIGTERM sets `requested`; a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous = {}
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
+
+
+def train(run: Run) -> bool:
+    """Runs what is left of the run; True when it is complete, False when it was interrupted and can be resumed."""
+    started = time.monotonic()
+    try:
+        with StopRequest() as stop:
+            params = _run_supervised(
+                run, "cold_start", lambda: _run_supervised(run, "pretrain", run.initial_params, stop), stop
+            )
+            evaluate(run, params, "before")
+            params = _run_grpo(run, params, stop)
+            evaluate(run, params, "after")
+            run.export(params)
+    except Interrupted:
+        return False
+    finally:
+        run.store.close()
+        run.writer.close()
+        _note_session(run, time.monotonic() - started)
+    write_summary(run)
+    write_report(run.workdir, run.workdir / "report.html")
+    return True
+
+
+def stream(run: Run, name: str, records: Sequence[Record], batch_size: int, start: int) -> Iterator[list[Record]]:
+    """Batches of records of one stream, from step `start` on."""
+    seed = run.config.seed * len(STREAM_SEEDS) + STREAM_SEEDS[name]
+    for _, indices in batches(len(records), batch_size, seed, start):
+        yield [records[i] for i in indices]
+
+
+def _run_supervised(run: Run, stage: str, before: Callable[[], Params], stop: StopRequest) -> Params:
+    """Parameters after a supervised stage; `before` gives those it starts from, if it has to start."""
+    settings = getattr(run.config, stage)
+    if not settings.num_steps:
+        return before()
+    if finished := run.store.finished(stage):
+        return run.store.restore_params(finished, _abstract_params(run))
+    state = _resume(run, stage) or run.programs.init_state[stage](before())
+    start = int(state.step)
+    data = stream(run, stage, run.records[stage], settings.batch_size, start)
+    progress = Progress(sys.stdout, stage, settings.num_steps, start)
+    num_blocks = settings.num_microbatches * run.config.mesh.data_parallel
+    for step in range(start + 1, settings.num_steps + 1):
+        demonstrations = run.demonstrations(next(data), num_blocks)
+        state, metrics = run.programs.supervised[stage](state, demonstrations)
+        if step % settings.log_every == 0 or step == settings.num_steps:
+            metrics = jax.device_get(metrics)
+            run.writer.write(stage, step, metrics)
+            progress.update(step, {"loss": metrics["supervised/loss"]})
+        _save_or_stop(run, stage, step, state, settings.checkpoint_every, stop, progress)
+    progress.close()
+    run.store.finish(stage, state)
+    return state.params
+
+
+def _run_grpo(run: Run, reference_params: Params, stop: StopRequest) -> Params:
+    """Parameters after GRPO; `reference_params` are its start and the fixed policy of the KL term."""
+    settings = run.config.train
+    if not settings.num_steps:
+        return reference_params
+    if finished := run.store.finished("grpo"):
+        return run.store.restore_params(finished, _abstract_params(run))
+    state = _resume(run, "grpo") or run.programs.init_state["grpo"](jax.tree.map(jnp.copy, reference_params))
+    start = int(state.step)
+    data = stream(run, "grpo", run.records["train"], settings.prompts_per_step, start)
+    replay = None
+    if settings.replay_batch:
+        replay = stream(run, "replay", run.records[settings.replay_split], settings.replay_batch, start)
+    progress = Progress(sys.stdout, "grpo", settings.num_steps, start)
+    run_key = jax.random.fold_in(jax.random.key(run.config.seed), STREAM_SEEDS["grpo"])
+    for step in range(start + 1, settings.num_steps + 1):
+        state, metrics = grpo_step(
+            run,
+            state,
+            reference_params,
+            next(data),
+            next(replay) if replay else None,
+            jax.random.fold_in(run_key, step),
+            step,
+        )
+        if run.config.evaluation.validate_every and step % run.config.evaluation.validate_every == 0:
+            metrics |= validate(run, state.params)
+        run.writer.write("grpo", step, metrics)
+        shown = {"reward": metrics["reward/total_mean"], "KL": metrics.get("policy/kl", 0.0)}
+        progress.update(step, shown, int(metrics["rollout/tokens"]))
+        _save_or_stop(run, "grpo", step, state, run.config.checkpoint.save_every, stop, progress)
+    progress.close()
+    run.store.finish("grpo", state)
+    return state.params
+
+
+def grpo_step(
+    run: Run,
+    state: TrainState,
+    reference_params: Params,
+    records: Sequence[Record],
+    replay_records: Sequence[Record] | None,
+    key: jax.Array,
+    step: int,
+) -> tuple[TrainState, dict[str, float]]:
+    """One step: sample groups, score them, update. Returns the new state and the step's metrics."""
+    timer = StageTimer()
+    update = run.config.policy_update
+    with timer("encode"):
+        prompts = run.prompts(records, config_lib.num_blocks(run.config))
+        replay = None
+        if replay_records:
+            replay_blocks = update.num_minibatches * update.num_microbatches * run.config.mesh.data_parallel
+            replay = run.demonstrations(replay_records, replay_blocks)
+    with timer("generate"):
+        rollouts = jax.block_until_ready(run.programs.generate(state.params, prompts, key))
+    with timer("score"):
+        experience, rewards, stats = jax.block_until_ready(run.programs.score(reference_params, prompts, rollouts))
+    advantages = experience.advantages
+    if step % run.config.train.dump_rollouts_every == 0 or step == run.config.train.num_steps:
+        _dump(run, records, rollouts, rewards, np.asarray(advantages).max(-1) + np.asarray(advantages).min(-1), step)
+    with timer("update"):
+        state, update_stats = jax.block_until_ready(run.programs.update(state, experience, replay))
+    metrics = {name: float(value) for name, value in (jax.device_get(stats) | jax.device_get(update_stats)).items()}
+    return state, metrics | timer.pop()
+
+
+def _dump(run: Run, records, rollouts: Rollouts, rewards: Rewards, advantages: np.ndarray, step: int) -> None:
+    # An advantage is one number over the tokens of a row and 0 on its padding: max + min is that number.
+    images = [save_image(run.workdir, record.images[0]) if record.images else "" for record in records]
+    rollouts, rewards = jax.device_get((rollouts, rewards))
+    rows = rollout_rows(records, images, rollouts, rewards, run.processor, run.token_bytes, step, advantages)
+    write_rollouts(run.workdir, step, rows)
+
+
+def _resume(run: Run, stage: str) -> TrainState | None:
+    """The state of the newest checkpoint of an unfinished stage."""
+    steps = run.store.steps(stage)
+    if not steps:
+        return None
+    abstract = jax.eval_shape(run.programs.init_state[stage], _abstract_params(run))
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        run.programs.state_shardings[stage],
+    )
+    return run.store.restore(SavedStep(stage, steps[-1]), abstract)
+
+
+def _abstract_params(run: Run) -> Params:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        run.programs.abstract_params,
+        run.programs.param_shardings,
+    )
+
+
+def _save_or_stop(
+    run: Run, stage: str, step: int, state: TrainState, every: int, stop: StopRequest, progress: Progress
+) -> None:
+    if step % every == 0 or stop.requested:
+        run.store.save(stage, step, state)
+    if stop.requested:
+        progress.close()
+        raise Interrupted
+
+
+def run_greedy(run: Run, params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
+    """One greedy completion of each record, with its reward."""
+    prompts = run.prompts(records, run.config.mesh.data_parallel)
+    rollouts = run.programs.generate_greedy(params, prompts, jax.random.key(0))
+    return rollouts, run.programs.grade(rollouts, prompts.labels)
+
+
+def run_sampled(run: Run, params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
+    """A group of samples of each record, drawn as in training, with their rewards."""
+    prompts = run.prompts(records, config_lib.num_blocks(run.config))
+    key = jax.random.fold_in(jax.random.key(run.config.seed), 0)
+    rollouts = run.programs.generate(params, prompts, key)
+    return rollouts, run.programs.grade(rollouts, prompts.labels)
+
+
+def score_records(run: Run, params: Params, records: Sequence[Record]) -> tuple[Scores, Rollouts, Rewards]:
+    """Greedy scores of `records`."""
+    batch_size = run.config.evaluation.batch_size
+    rollouts, rewards = run_split(records, batch_size, lambda batch: run_greedy(run, params, batch))
+    texts = [
+        "" if record.tagged else run.processor.decode(rollouts.completion_ids[i, : rollouts.completion_len[i]])
+        for i, record in enumerate(records)
+    ]
+    labels = Labels(
+        *(
+            np.array([getattr(record, name) == "unsafe" for record in records], np.int32)
+            for name in ("image_tag", "text_tag", "combine_tag")
+        ),
+        tagged=np.array([record.tagged for record in records]),
+    )
+    answers = [record.answer for record in records]
+    return score_split(rollouts.spans, labels, rewards.total, texts, answers), rollouts, rewards
+
+
+def validate(run: Run, params: Params) -> Metrics:
+    """Greedy scores of the validation split as metrics."""
+    scores, _, _ = score_records(run, params, run.records[run.config.evaluation.validation_split])
+    return {f"validation/{name}": value["value"] for name, value in scores.items()}
+
+
+def evaluate(run: Run, params: Params, moment: str) -> dict[str, Scores]:
+    """Scores of every split, kept in `evaluation/<moment>.json`; an evaluation that is there is not repeated."""
+    path = run.workdir / "evaluation" / f"{moment}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    settings = run.config.evaluation
+    results = {}
+    for split in settings.splits:
+        records = run.records[split]
+        scores, rollouts, rewards = score_records(run, params, records)
+        if all(record.tagged for record in records):
+            sampled = _sampled_rewards(run, params, records[: settings.sampled_records])
+            low, high = bootstrap_mean_interval(sampled, seed=0)
+            scores["sampled_mean_reward"] = {
+                "value": float(sampled.mean()),
+                "count": sampled.size,
+                "low": low,
+                "high": high,
+            }
+        results[split] = scores
+        kept = records[: settings.save_rows]
+        images = [save_image(run.workdir, record.images[0]) if record.images else "" for record in kept]
+        shown = jax.tree.map(lambda x, num_rows=settings.save_rows: x[:num_rows], (rollouts, rewards))
+        step = run.config.train.num_steps if moment == "after" else 0
+        write_evaluation(
+            run.workdir, moment, split, rollout_rows(kept, images, *shown, run.processor, run.token_bytes, step)
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_json(path, results)
+    return results
+
+
+def _sampled_rewards(run: Run, params: Params, records: Sequence[Record]) -> np.ndarray:
+    batch_size = run.config.train.prompts_per_step
+    _, rewards = run_split(records, batch_size, lambda batch: run_sampled(run, params, batch))
+    return np.asarray(rewards.total, np.float64)
+
+
+def write_summary(run: Run) -> dict:
+    """Writes `summary.json`: both evaluations and the facts of the run."""
+    evaluations = {
+        moment: json.loads((run.workdir / "evaluation" / f"{moment}.json").read_text())
+        for moment in ("before", "after")
+    }
+    sessions = [json.loads(line) for line in (run.workdir / "sessions.jsonl").read_text().splitlines()]
+    summary = {
+        **evaluations,
+        "seed": run.config.seed,
+        "wall_seconds": sum(session["seconds"] for session in sessions),
+        "peak_rss_bytes": max(session["peak_rss_bytes"] for session in sessions),
+        "config_sha256": config_lib.config_sha256(run.config),
+        "packages": package_versions(),
+    }
+    _write_json(run.workdir / "summary.json", summary)
+    return summary
+
+
+def results_table(run: Run) -> str:
+    """The before/after table of a finished run."""
+    summary = json.loads((run.workdir / "summary.json").read_text())
+    return before_after_table(summary["before"], summary["after"])
+
+
+def latest_params(run: Run) -> Params:
+    """Parameters of the newest checkpoint of the work directory.
+
+    Raises:
+      ValueError: there is none.
+    """
+    latest = run.store.latest()
+    if latest is None:
+        raise ValueError(f"{run.workdir} has no checkpoint; run --mode=train first, or name its --workdir")
+    return run.store.restore_params(latest, _abstract_params(run))
+
+
+def evaluate_checkpoint(run: Run) -> str:
+    """Scores the newest checkpoint on every split and returns the path of `evaluation/checkpoint.json`."""
+    path = run.workdir / "evaluation" / "checkpoint.json"
+    path.unlink(missing_ok=True)
+    evaluate(run, latest_params(run), "checkpoint")
+    return str(path)
+
+
+def sample(run: Run, image_file: Path, prompt: str) -> str:
+    """The newest checkpoint's reasoning, tags and answer for one image and request, greedily.
+
+    Raises:
+      ValueError: no checkpoint, an image that cannot be read, or a prompt that is too long.
+      OSError: no such image file.
+    """
+    image = image_file.read_bytes()
+    check_image(image, run.config.data.max_image_pixels, run.config.data.max_image_bytes)
+    record = Record(prompt, (image,), text_tag="safe", image_tag="safe", combine_tag="safe")
+    params = latest_params(run)
+    rollouts, _ = jax.device_get(run_greedy(run, params, [record] * run.config.mesh.data_parallel))
+    return run.processor.decode(rollouts.completion_ids[0, : rollouts.completion_len[0]].tolist())
+
+
+def _note_session(run: Run, seconds: float) -> None:
+    with (run.workdir / "sessions.jsonl").open("a") as file:
+        file.write(json.dumps({"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}) + "\n")
+
+
+def _write_json(path, value) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
