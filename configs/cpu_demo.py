@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-LENGTHS = {"": 80, "full": 200, "tag_only": 80, "behavior_only": 80, "smoke": 4}  # GRPO steps
+LENGTHS = {"": 100, "full": 400, "tag_only": 100, "behavior_only": 100, "smoke": 4}  # GRPO steps
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.small.deepstack_layers = (0, 1)
 
     config.data.image_size = 64
-    config.data.num_pretrain = 12_000
+    config.data.num_pretrain = 10_000
     config.data.num_cold_start = 4_000
     config.data.question_share = 0.2
     config.data.num_train = 2_400
@@ -65,9 +65,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.processor.patch_buckets = (64,)  # one image a packing row
     config.processor.instruction = "Think in five steps."
 
-    config.pretrain.num_steps = 1_000
+    config.pretrain.num_steps = 900
     config.pretrain.batch_size = 32
-    _schedule(config.pretrain.optimizer, 3e-3, config.pretrain)
+    _schedule(config.pretrain.optimizer, 2.5e-3, config.pretrain)
     config.cold_start.num_steps = 400
     config.cold_start.batch_size = 16
     config.cold_start.checkpoint_every = 200
@@ -81,7 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.dump_rollouts_every = 20
     config.loss.replay_weight = 0.3
     config.policy_update.num_minibatches = 2
-    _schedule(config.optimizer, 3e-4, config.train)
+    _schedule(config.optimizer, 1e-3, config.train)
     config.optimizer.updates_per_step = 2
     config.sampling.max_new_tokens = 64
 

@@ -188,6 +188,10 @@ class Checkpoints:
             step=loaded["training"]["step"], params=loaded["params"], opt_state=loaded["training"]["opt_state"]
         )
 
+    def check_run(self, saved: SavedStep) -> None:
+        """Raises ValueError where another config or other data wrote the checkpoint; names the keys that differ."""
+        self._check_run(saved, self.metadata(saved))
+
     def restore_params(self, saved: SavedStep, abstract_params: Params) -> Params:
         """Loads the parameters alone, whatever config wrote them. Raises as `restore` does."""
         self._verify(saved)

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from safegrpo_jax import config as config_lib
 from safegrpo_jax import run as run_lib
 from safegrpo_jax import train
-from safegrpo_jax.metrics import NonFiniteError
+from safegrpo_jax.metrics import MetricsWriter, NonFiniteError
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with an optional argument: FILE[:arg].")
@@ -97,23 +97,25 @@ def prepare() -> run_lib.Run:
     return run_lib.build_run(config, workdir, ())
 
 
-def execute(run: run_lib.Run) -> int:
-    """Runs the mode and returns the exit code."""
-    match _MODE.value:
-        case "train":
-            if not train.train(run):
-                print(f"stopped; run the same command again to go on (work directory {run.workdir})")
-                return INTERRUPTED
-            print(train.results_table(run))
-            for name in ("report.html", "summary.json", "metrics.jsonl", "rollouts", "export"):
-                print(f"{name:14s} {run.workdir / name}")
-        case "evaluate":
-            print(train.evaluate_checkpoint(run))
-        case "export":
-            print(run.export(train.latest_params(run)))
-        case "sample":
-            print(train.sample(run, Path(_IMAGE.value), _PROMPT.value))
+def train_run(run: run_lib.Run, writer: MetricsWriter) -> int:
+    """Trains, prints the results and their paths, and returns the exit code."""
+    if not train.train(run, writer):
+        print(f"stopped; run the same command again to go on (work directory {run.workdir})")
+        return INTERRUPTED
+    print(train.results_table(run))
+    for name in ("report.html", "summary.json", "metrics.jsonl", "rollouts", "export"):
+        print(f"{name:14s} {run.workdir / name}")
     return 0
+
+
+def look(run: run_lib.Run) -> str | Path:
+    """Runs a mode that trains nothing and returns what to print."""
+    match _MODE.value:
+        case "evaluate":
+            return train.evaluate_checkpoint(run)
+        case "export":
+            return run.export(train.latest_params(run))
+    return train.sample(run, Path(_IMAGE.value), _PROMPT.value)
 
 
 def main() -> None:
@@ -123,10 +125,13 @@ def main() -> None:
     try:
         parse_flags(sys.argv)
         run = prepare()
-        if _MODE.value == "train":
-            input_errors = ()
         with jax.set_mesh(run.mesh):
-            sys.exit(execute(run))
+            if _MODE.value != "train":
+                print(look(run))
+                sys.exit(0)
+            writer = run_lib.open_metrics(run)
+            input_errors = ()
+            sys.exit(train_run(run, writer))
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(FAILED)

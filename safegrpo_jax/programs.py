@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Int
 
@@ -26,6 +27,7 @@ from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.rewards.compose import compute_rewards, repeat_labels, reward_metrics
 from safegrpo_jax.sampling.decode import ModelFunctions
 from safegrpo_jax.sampling.rollout import SamplingConfig, generate
+from safegrpo_jax.sft import SupervisedConfig
 from safegrpo_jax.sharding import param_shardings
 from safegrpo_jax.types import (
     Array,
@@ -147,27 +149,6 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
     }
 
 
-def _make_score(config: Config, logps_fn) -> Callable:
-    def score(reference_params, prompts, rollouts):
-        labels = repeat_labels(prompts.labels, config.sampling.group_size)
-        rewards = compute_rewards(rollouts.spans, labels, config.rewards)
-        advantages, stats = group_advantages(rewards.total, config.sampling.group_size, config.advantages)
-        reference_logps = jnp.zeros_like(rollouts.behavior_logps)
-        if config.loss.kl_estimator != "none":  # without a KL term the reference pass is not computed at all
-            reference_logps, _ = logps_fn(reference_params, prompts, rollouts.completion_ids, rollouts.completion_mask)
-        experience = Experience(
-            prompts=prompts,
-            completion_ids=rollouts.completion_ids,
-            completion_mask=rollouts.completion_mask,
-            behavior_logps=rollouts.behavior_logps,
-            reference_logps=reference_logps,
-            advantages=advantages[:, None] * rollouts.completion_mask,
-        )
-        return experience, rewards, stats | reward_metrics(rewards, labels) | rollout_metrics(rollouts)
-
-    return score
-
-
 def trainable_mask(abstract_params: Params, freeze_vision: bool) -> ArrayTree:
     """True for every parameter that a stage trains."""
     return {
@@ -186,103 +167,146 @@ def build_programs(
 ) -> Programs:
     """Builds (but does not yet compile) every program of the run."""
     abstract = jax.eval_shape(lambda key: qwen_vl.init_params(model, key), jax.random.key(0))
-    params_sharding = param_shardings(abstract, mesh, config=config.sharding)
+    shardings = param_shardings(abstract, mesh, config=config.sharding)
     replicated = NamedSharding(mesh, PartitionSpec())
-    rows = NamedSharding(mesh, PartitionSpec(config.mesh.batch_axes))
-    functions = model_functions(model)
-    reward_tables, banned_ids_mask = jax.device_put((reward_tables, banned_ids_mask), replicated)
+    tables, banned = jax.device_put((reward_tables, banned_ids_mask), replicated)
+    pretrain, cold_start, grpo = (
+        _build_stage(optimizer, trainable_mask(abstract, frozen), abstract, shardings, replicated)
+        for optimizer, frozen in (
+            (config.pretrain.optimizer, False),
+            (config.cold_start.optimizer, False),
+            (config.optimizer, config.model.freeze_vision),
+        )
+    )
     greedy = SamplingConfig(group_size=1, max_new_tokens=config.sampling.max_new_tokens, temperature=0.0)
 
-    def make_generate(sampling: SamplingConfig):
-        program = jax.jit(
-            lambda params, prompts, key, banned, tables: generate(
-                functions, params, prompts, key, sampling, banned, stop_ids, tables
-            ),
-            out_shardings=rows,
+    def build_generate(sampling: SamplingConfig):
+        def program(params, prompts, key, banned, tables):
+            return generate(model_functions(model), params, prompts, key, sampling, banned, stop_ids, tables)
+
+        rows = NamedSharding(mesh, PartitionSpec(config.mesh.batch_axes))
+        return _bind(jax.jit(program, out_shardings=rows), banned, tables)
+
+    return Programs(
+        mesh=mesh,
+        abstract_params=abstract,
+        param_shardings=shardings,
+        init_params=jax.jit(lambda key: qwen_vl.init_params(model, key), out_shardings=shardings),
+        generate=build_generate(config.sampling),
+        generate_greedy=build_generate(greedy),
+        grade=_build_grade(config),
+        score=_bind(_build_score(config, model), banned),
+        update=_bind(_build_update(config, model, grpo, replicated), banned),
+        supervised={
+            "pretrain": _bind(_build_supervised(config, config.pretrain, model, pretrain, replicated), banned),
+            "cold_start": _bind(_build_supervised(config, config.cold_start, model, cold_start, replicated), banned),
+        },
+        init_state={"pretrain": pretrain.init, "cold_start": cold_start.init, "grpo": grpo.init},
+        state_shardings={
+            "pretrain": pretrain.shardings,
+            "cold_start": cold_start.shardings,
+            "grpo": grpo.shardings,
+        },
+    )
+
+
+class _Stage(NamedTuple):
+    """The trainable part of a stage: its optimizer, its state from parameters, and where that state lives."""
+
+    optimizer: optax.GradientTransformation
+    trainable: ArrayTree
+    init: Callable[[Params], TrainState]
+    shardings: ArrayTree
+
+
+def _bind(program: Callable, *last: ArrayTree) -> Callable:
+    """`program` with its last arguments fixed. They stay arguments of the executable instead of constants in it."""
+    return lambda *arguments: program(*arguments, *last)
+
+
+def _build_stage(
+    optimizer_config: OptimizerConfig,
+    trainable: ArrayTree,
+    abstract_params: Params,
+    params_sharding: ArrayTree,
+    replicated: NamedSharding,
+) -> _Stage:
+    optimizer = make_optimizer(optimizer_config, trainable)
+
+    def init(params):
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+    shardings = _state_shardings(jax.eval_shape(init, abstract_params), params_sharding, replicated)
+    return _Stage(optimizer, trainable, jax.jit(init, out_shardings=shardings, donate_argnums=0), shardings)
+
+
+def _build_supervised(
+    config: Config, settings: SupervisedConfig, model: QwenVLConfig, stage: _Stage, replicated: NamedSharding
+) -> Callable:
+    def step(state, demonstrations, banned):
+        return update_supervised(
+            state,
+            demonstrations,
+            logps_fn=make_logps_fn(model, banned, 1.0, config.model.logits_chunk, freeze_vision=False),
+            optimizer=stage.optimizer,
+            num_microbatches=settings.num_microbatches,
+            trainable_mask=stage.trainable,
+            batch_axes=config.mesh.batch_axes,
         )
-        return lambda params, prompts, key: program(params, prompts, key, banned_ids_mask, reward_tables)
 
-    def logps_fn(banned, temperature, freeze):
-        return make_logps_fn(model, banned, temperature, config.model.logits_chunk, freeze)
+    return jax.jit(step, donate_argnums=0, out_shardings=(stage.shardings, replicated))
 
-    optimizers, init_state, state_sharding = {}, {}, {}
-    stages: dict[str, tuple[OptimizerConfig, bool]] = {
-        "pretrain": (config.pretrain.optimizer, False),
-        "cold_start": (config.cold_start.optimizer, False),
-        "grpo": (config.optimizer, config.model.freeze_vision),
-    }
-    for stage, (optimizer_config, freeze) in stages.items():
-        optimizers[stage] = make_optimizer(optimizer_config, trainable_mask(abstract, freeze))
-        make = _init_state(optimizers[stage])
-        state_sharding[stage] = _state_shardings(jax.eval_shape(make, abstract), abstract, params_sharding, replicated)
-        init_state[stage] = jax.jit(make, out_shardings=state_sharding[stage], donate_argnums=0)
 
-    def make_supervised(stage: str, num_microbatches: int):
-        def step(state, demonstrations, banned):
-            return update_supervised(
-                state,
-                demonstrations,
-                logps_fn=logps_fn(banned, 1.0, False),
-                optimizer=optimizers[stage],
-                num_microbatches=num_microbatches,
-                batch_axes=config.mesh.batch_axes,
-            )
-
-        program = jax.jit(step, donate_argnums=0, out_shardings=(state_sharding[stage], replicated))
-        return lambda state, demonstrations: program(state, demonstrations, banned_ids_mask)
-
+def _build_update(config: Config, model: QwenVLConfig, stage: _Stage, replicated: NamedSharding) -> Callable:
     def update(state, experience, replay, banned):
+        settings = config.model
         return update_policy(
             state,
             experience,
             replay,
-            logps_fn=logps_fn(banned, config.sampling.temperature, config.model.freeze_vision),
-            optimizer=optimizers["grpo"],
+            logps_fn=make_logps_fn(
+                model, banned, config.sampling.temperature, settings.logits_chunk, settings.freeze_vision
+            ),
+            optimizer=stage.optimizer,
             loss=config.loss,
             update=dataclasses.replace(config.policy_update, batch_axes=config.mesh.batch_axes),
-            trainable_mask=trainable_mask(abstract, config.model.freeze_vision),
+            trainable_mask=stage.trainable,
         )
 
+    return jax.jit(update, donate_argnums=0, out_shardings=(stage.shardings, replicated))
+
+
+def _build_score(config: Config, model: QwenVLConfig) -> Callable:
     def score(reference_params, prompts, rollouts, banned):
-        return _make_score(config, logps_fn(banned, config.sampling.temperature, True))(
-            reference_params, prompts, rollouts
+        labels = repeat_labels(prompts.labels, config.sampling.group_size)
+        rewards = compute_rewards(rollouts.spans, labels, config.rewards)
+        advantages, stats = group_advantages(rewards.total, config.sampling.group_size, config.advantages)
+        reference_logps = jnp.zeros_like(rollouts.behavior_logps)
+        if config.loss.kl_estimator != "none":  # without a KL term the reference pass is not computed at all
+            logps_fn = make_logps_fn(model, banned, config.sampling.temperature, config.model.logits_chunk, True)
+            reference_logps, _ = logps_fn(reference_params, prompts, rollouts.completion_ids, rollouts.completion_mask)
+        experience = Experience(
+            prompts=prompts,
+            completion_ids=rollouts.completion_ids,
+            completion_mask=rollouts.completion_mask,
+            behavior_logps=rollouts.behavior_logps,
+            reference_logps=reference_logps,
+            advantages=advantages[:, None] * rollouts.completion_mask,
         )
+        return experience, rewards, stats | reward_metrics(rewards, labels) | rollout_metrics(rollouts)
 
+    return jax.jit(score)
+
+
+def _build_grade(config: Config) -> Callable:
     def grade(rollouts, labels):
         group = rollouts.completion_len.shape[0] // labels.combined.shape[0]
         return compute_rewards(rollouts.spans, repeat_labels(labels, group), config.rewards)
 
-    update_program = jax.jit(update, donate_argnums=0, out_shardings=(state_sharding["grpo"], replicated))
-    score_program = jax.jit(score)
-    return Programs(
-        mesh=mesh,
-        abstract_params=abstract,
-        param_shardings=params_sharding,
-        init_params=jax.jit(lambda key: qwen_vl.init_params(model, key), out_shardings=params_sharding),
-        generate=make_generate(config.sampling),
-        generate_greedy=make_generate(greedy),
-        grade=jax.jit(grade),
-        score=lambda reference, prompts, rollouts: score_program(reference, prompts, rollouts, banned_ids_mask),
-        update=lambda state, experience, replay: update_program(state, experience, replay, banned_ids_mask),
-        supervised={
-            "pretrain": make_supervised("pretrain", config.pretrain.num_microbatches),
-            "cold_start": make_supervised("cold_start", config.cold_start.num_microbatches),
-        },
-        init_state=init_state,
-        state_shardings=state_sharding,
-    )
+    return jax.jit(grade)
 
 
-def _init_state(optimizer: Any) -> Callable[[Params], TrainState]:
-    def make(params):
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
-
-    return make
-
-
-def _state_shardings(
-    state: TrainState, abstract_params: Params, params_sharding: ArrayTree, replicated: NamedSharding
-) -> ArrayTree:
+def _state_shardings(state: TrainState, params_sharding: ArrayTree, replicated: NamedSharding) -> ArrayTree:
     """Moments are sharded like their parameters, counters are replicated.
 
     A moment is recognised by its path, which ends in the path of its parameter.

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,9 +56,10 @@ _TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run: config, model, data, programs and the writers of its work directory.
+    """One run: config, model, data, programs and the work directory.
 
-    `records` by split name; `token_bytes` of every id, as the reward tables were built from.
+    `records` by split name; `token_bytes` of every id, as the reward tables were built from; `started` is the
+    `time.monotonic()` at which building began.
     """
 
     config: Config
@@ -69,7 +71,7 @@ class Run:
     records: dict[str, list[Record]]
     programs: Programs
     store: Checkpoints
-    writer: MetricsWriter
+    started: float
 
     @property
     def mesh(self) -> Mesh:
@@ -117,6 +119,7 @@ def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
     Raises:
       ValueError: anything wrong with the model folder, the data, the config or the checkpoints of `workdir`.
     """
+    started = time.monotonic()
     _use_compilation_cache(config)
     mesh = make_mesh(config.mesh.axis_sizes)
     folder = Path(config.model.path) if config.model.path else _base_model(config, workdir / "base_model")
@@ -140,9 +143,7 @@ def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
         run_config=json.loads(config_lib.to_json(config)),
         data_fingerprint=fingerprint(records),
     )
-    return Run(
-        config, workdir, folder, model, processor, pieces, records, programs, store, _writer(config, workdir, store)
-    )
+    return Run(config, workdir, folder, model, processor, pieces, records, programs, store, started)
 
 
 def banned_ids(processor: Processor, model: QwenVLConfig) -> np.ndarray:
@@ -187,10 +188,16 @@ def _load_records(
     return records
 
 
-def _writer(config: Config, workdir: Path, store: Checkpoints) -> MetricsWriter:
-    """Metrics of the work directory, rewound to the newest checkpoint."""
-    writer = MetricsWriter(workdir, tensorboard=config.tensorboard)
-    latest = store.latest()
+def open_metrics(run: Run) -> MetricsWriter:
+    """Metrics of the work directory, rewound to its newest checkpoint: call it to train, not to look.
+
+    Raises:
+      ValueError: that checkpoint was written by another config or other data; names what differs.
+    """
+    latest = run.store.latest()
+    if latest:
+        run.store.check_run(latest)
+    writer = MetricsWriter(run.workdir, tensorboard=run.config.tensorboard)
     writer.rewind(STAGES, latest.stage if latest else STAGES[0], latest.step if latest else 0)
     return writer
 

@@ -7,6 +7,7 @@ step with a checkpoint.
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import sys
@@ -26,7 +27,15 @@ from safegrpo_jax.data.records import Record
 from safegrpo_jax.evaluation.rows import rollout_rows
 from safegrpo_jax.evaluation.scores import Scores, before_after_table, bootstrap_mean_interval, score_split
 from safegrpo_jax.evaluation.splits import run_split
-from safegrpo_jax.metrics import Progress, StageTimer, peak_rss_bytes, save_image, write_evaluation, write_rollouts
+from safegrpo_jax.metrics import (
+    MetricsWriter,
+    Progress,
+    StageTimer,
+    peak_rss_bytes,
+    save_image,
+    write_evaluation,
+    write_rollouts,
+)
 from safegrpo_jax.report.html import write_report
 from safegrpo_jax.run import Run
 from safegrpo_jax.types import Labels, Metrics, Params, Rewards, Rollouts, TrainState
@@ -60,24 +69,25 @@ class StopRequest:
         print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
 
 
-def train(run: Run) -> bool:
-    """Runs what is left of the run; True when it is complete, False when it was interrupted and can be resumed."""
-    started = time.monotonic()
+def train(run: Run, writer: MetricsWriter) -> bool:
+    """Runs what is left of the run; True when it is complete, False when it was interrupted and can be resumed.
+
+    `writer` from `run.open_metrics`; it and the run's checkpoints are closed at the end.
+    """
     try:
         with StopRequest() as stop:
-            params = _run_supervised(
-                run, "cold_start", lambda: _run_supervised(run, "pretrain", run.initial_params, stop), stop
-            )
+            pretrained = functools.partial(_run_supervised, run, writer, "pretrain", run.initial_params, stop)
+            params = _run_supervised(run, writer, "cold_start", pretrained, stop)
             evaluate(run, params, "before")
-            params = _run_grpo(run, params, stop)
+            params = _run_grpo(run, writer, params, stop)
             evaluate(run, params, "after")
             run.export(params)
     except Interrupted:
         return False
     finally:
         run.store.close()
-        run.writer.close()
-        _note_session(run, time.monotonic() - started)
+        writer.close()
+        _note_session(run, time.monotonic() - run.started)
     write_summary(run)
     write_report(run.workdir, run.workdir / "report.html")
     return True
@@ -90,7 +100,9 @@ def stream(run: Run, name: str, records: Sequence[Record], batch_size: int, star
         yield [records[i] for i in indices]
 
 
-def _run_supervised(run: Run, stage: str, before: Callable[[], Params], stop: StopRequest) -> Params:
+def _run_supervised(
+    run: Run, writer: MetricsWriter, stage: str, before: Callable[[], Params], stop: StopRequest
+) -> Params:
     """Parameters after a supervised stage; `before` gives those it starts from, if it has to start."""
     settings = getattr(run.config, stage)
     if not settings.num_steps:
@@ -105,9 +117,10 @@ def _run_supervised(run: Run, stage: str, before: Callable[[], Params], stop: St
     for step in range(start + 1, settings.num_steps + 1):
         demonstrations = run.demonstrations(next(data), num_blocks)
         state, metrics = run.programs.supervised[stage](state, demonstrations)
-        if step % settings.log_every == 0 or step == settings.num_steps:
+        saves = step % settings.checkpoint_every == 0 or stop.requested
+        if step % settings.log_every == 0 or step == settings.num_steps or saves:  # what is saved is finite
             metrics = jax.device_get(metrics)
-            run.writer.write(stage, step, metrics)
+            writer.write(stage, step, metrics)
             progress.update(step, {"loss": metrics["supervised/loss"]})
         _save_or_stop(run, stage, step, state, settings.checkpoint_every, stop, progress)
     progress.close()
@@ -115,7 +128,7 @@ def _run_supervised(run: Run, stage: str, before: Callable[[], Params], stop: St
     return state.params
 
 
-def _run_grpo(run: Run, reference_params: Params, stop: StopRequest) -> Params:
+def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: StopRequest) -> Params:
     """Parameters after GRPO; `reference_params` are its start and the fixed policy of the KL term."""
     settings = run.config.train
     if not settings.num_steps:
@@ -142,7 +155,7 @@ def _run_grpo(run: Run, reference_params: Params, stop: StopRequest) -> Params:
         )
         if run.config.evaluation.validate_every and step % run.config.evaluation.validate_every == 0:
             metrics |= validate(run, state.params)
-        run.writer.write("grpo", step, metrics)
+        writer.write("grpo", step, metrics)
         shown = {"reward": metrics["reward/total_mean"], "KL": metrics.get("policy/kl", 0.0)}
         progress.update(step, shown, int(metrics["rollout/tokens"]))
         _save_or_stop(run, "grpo", step, state, run.config.checkpoint.save_every, stop, progress)
@@ -162,13 +175,10 @@ def grpo_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """One step: sample groups, score them, update. Returns the new state and the step's metrics."""
     timer = StageTimer()
-    update = run.config.policy_update
+    num_blocks = config_lib.num_blocks(run.config)
     with timer("encode"):
-        prompts = run.prompts(records, config_lib.num_blocks(run.config))
-        replay = None
-        if replay_records:
-            replay_blocks = update.num_minibatches * update.num_microbatches * run.config.mesh.data_parallel
-            replay = run.demonstrations(replay_records, replay_blocks)
+        prompts = run.prompts(records, num_blocks)
+        replay = run.demonstrations(replay_records, num_blocks) if replay_records else None
     with timer("generate"):
         rollouts = jax.block_until_ready(run.programs.generate(state.params, prompts, key))
     with timer("score"):
