@@ -38,7 +38,7 @@ from safegrpo_jax.metrics import (
 )
 from safegrpo_jax.report.html import write_report
 from safegrpo_jax.run import Run
-from safegrpo_jax.types import Labels, Metrics, Params, Rewards, Rollouts, TrainState
+from safegrpo_jax.types import Labels, Params, Rewards, Rollouts, TrainState
 
 STREAM_SEEDS = {"pretrain": 1, "cold_start": 2, "grpo": 3, "replay": 4}
 
@@ -252,7 +252,7 @@ def score_records(run: Run, params: Params, records: Sequence[Record]) -> tuple[
     batch_size = run.config.evaluation.batch_size
     rollouts, rewards = run_split(records, batch_size, lambda batch: run_greedy(run, params, batch))
     texts = [
-        "" if record.tagged else run.processor.decode(rollouts.completion_ids[i, : rollouts.completion_len[i]])
+        "" if record.tagged else run.processor.decode(rollouts.completion_ids[i, : rollouts.completion_len[i]].tolist())
         for i, record in enumerate(records)
     ]
     labels = Labels(
@@ -266,7 +266,7 @@ def score_records(run: Run, params: Params, records: Sequence[Record]) -> tuple[
     return score_split(rollouts.spans, labels, rewards.total, texts, answers), rollouts, rewards
 
 
-def validate(run: Run, params: Params) -> Metrics:
+def validate(run: Run, params: Params) -> dict[str, float]:
     """Greedy scores of the validation split as metrics."""
     scores, _, _ = score_records(run, params, run.records[run.config.evaluation.validation_split])
     return {f"validation/{name}": value["value"] for name, value in scores.items()}
