@@ -171,7 +171,11 @@ def from_config_dict(values: ConfigDict) -> Config:
     Raises:
       ValueError: an unknown key (with the nearest known one), a wrong type, or stages that do not fit together.
     """
-    config = _build(Config, values.to_dict(), "config")
+    plain = values.to_dict()
+    for stage in ("pretrain", "cold_start"):  # a stage of 0 steps is left out, whatever schedule it would have had
+        if stage in plain and isinstance(plain[stage], dict) and plain[stage].get("num_steps") == 0:
+            plain[stage].pop("optimizer", None)
+    config = _build(Config, plain, "config")
     validate(config)
     return config
 

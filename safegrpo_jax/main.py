@@ -53,7 +53,10 @@ def parse_flags(argv: list[str]) -> None:
         rest = FLAGS(argv)[1:]
         config = _CONFIG.value
     except flags.Error as error:
-        raise ValueError(str(error).strip()) from error
+        lines = str(error).strip().splitlines()
+        if len(lines) > 1:  # a traceback through the config file: its last line says what is wrong
+            raise ValueError(f"--config={named}: the file does not run: {lines[-1]}") from error
+        raise ValueError(lines[0]) from error
     except (AttributeError, KeyError, TypeError) as error:  # how ml_collections reports a key that is not there
         raise ValueError(f"--config: no such key: {str(error.args[0]).strip()}".replace("\n", " ")) from error
     except (ImportError, SyntaxError, NameError) as error:

@@ -45,6 +45,12 @@ def test_demo_length_moves_with_its_schedule():
     assert config_lib.from_config_dict(values).optimizer.total_steps == 400
 
 
+def test_a_stage_of_no_steps_needs_no_schedule():
+    values = cpu_demo.get_config()
+    values.pretrain.num_steps = 0
+    assert config_lib.from_config_dict(values).pretrain.num_steps == 0
+
+
 @pytest.mark.parametrize(
     "changes, expected",
     [

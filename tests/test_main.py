@@ -20,6 +20,8 @@ cases, results = json.load(sys.stdin), []
 for flags in cases:
     sys.argv = ["main", *flags]
     main.FLAGS.unparse_flags()
+    for name in [name for name in main.FLAGS if name.startswith("config.")]:  # overrides of the case before
+        delattr(main.FLAGS, name)
     main.FLAGS["config"]._value = None
     for name in ("mode", "workdir", "image", "prompt"):
         main.FLAGS[name].value = main.FLAGS[name].default
