@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-LENGTHS = {"": 100, "full": 400, "tag_only": 100, "behavior_only": 100, "smoke": 4}  # GRPO steps
+LENGTHS = {"": 160, "full": 500, "tag_only": 160, "behavior_only": 160, "smoke": 4}  # GRPO steps
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -76,12 +76,15 @@ def get_config(arg: str = "") -> ConfigDict:
         stage.optimizer.beta2, stage.optimizer.weight_decay = 0.98, 0.05
 
     config.train.num_steps = LENGTHS[arg]
-    config.train.prompts_per_step = 24
+    # Many prompts with few samples each: with 24 x 8 the balance of safe and unsafe prompts in a step swings the policy
+    # between refusing all and refusing nothing.
+    config.train.prompts_per_step = 48
+    config.sampling.group_size = 4
     config.train.replay_batch = 16
-    config.train.dump_rollouts_every = 20
+    config.train.dump_rollouts_every = 40
     config.loss.replay_weight = 0.3
     config.policy_update.num_minibatches = 2
-    _schedule(config.optimizer, 1e-3, config.train)
+    _schedule(config.optimizer, 7e-4, config.train)
     config.optimizer.updates_per_step = 2
     config.sampling.max_new_tokens = 64
 
@@ -90,7 +93,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluation.batch_size = 240
     config.evaluation.sampled_records = 96
     config.evaluation.save_rows = 48
-    config.evaluation.validate_every = 20
+    config.evaluation.validate_every = 40
     config.checkpoint.save_every = 20
 
     match arg:
@@ -98,7 +101,7 @@ def get_config(arg: str = "") -> ConfigDict:
             config.data.num_pretrain = config.data.num_cold_start = config.data.num_train = 200
             config.data.num_evaluation = 48
             config.pretrain.num_steps, config.cold_start.num_steps = 12, 6
-            config.evaluation.batch_size, config.evaluation.sampled_records = 48, 24
+            config.evaluation.batch_size, config.evaluation.sampled_records = 48, 48
             config.evaluation.validate_every, config.train.dump_rollouts_every = 2, 2
         case "tag_only":
             config.rewards.tag_weight, config.rewards.behavior_weight = 1.0, 0.0

@@ -157,5 +157,5 @@ def check_export(run, folder):
         )
     assert np.abs(ours - theirs).max() <= LOGITS_TOLERANCE
     assert transformers.AutoTokenizer.from_pretrained(folder).decode(ids) == run.processor.decode(
-        ids, keep_special=True
+        ids.tolist(), keep_special=True
     )
