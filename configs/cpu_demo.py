@@ -84,7 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.dump_rollouts_every = 40
     config.loss.replay_weight = 0.3
     config.policy_update.num_minibatches = 2
-    _schedule(config.optimizer, 7e-4, config.train)
+    _schedule(config.optimizer, 3e-4, config.train)  # 6e-4 and more often end in refusing nothing
     config.optimizer.updates_per_step = 2
     config.sampling.max_new_tokens = 64
 
