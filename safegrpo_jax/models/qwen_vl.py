@@ -198,7 +198,7 @@ PUBLISHED_SIZES = {
 
 
 def init_params(config: QwenVLConfig, key: Key) -> Params:
-    """Random float32 parameters: matrices normal with std 0.02, norms one, biases zero."""
+    """Random float32 parameters: matrices normal with std 1/sqrt(inputs), tables with 0.02, norms one, biases zero."""
     vision_key, text_key = jax.random.split(key)
     return {
         "vision": nnx.to_pure_dict(nnx.state(VisionTower(config.vision, nnx.Rngs(vision_key)))),

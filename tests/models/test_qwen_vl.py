@@ -259,8 +259,9 @@ def test_initial_spread():
     key = jax.random.key(0, impl="unsafe_rbg")  # a third of the compile time of the default generator
     params = jax.jit(qwen_vl.init_params, static_argnums=0)(tiny_config(), key)
     text, vision = params["text"], params["vision"]
-    for leaf in (text["embed"], text["layers"]["gate"]["kernel"], vision["blocks"]["stage_1"]["fc1"]["kernel"]):
-        assert abs(float(leaf.std()) - 0.02) < 0.001
+    gate, fc1 = text["layers"]["gate"]["kernel"], vision["blocks"]["stage_1"]["fc1"]["kernel"]
+    for leaf, std in ((text["embed"], 0.02), (gate, gate.shape[-2] ** -0.5), (fc1, fc1.shape[-2] ** -0.5)):
+        assert abs(float(leaf.std()) / std - 1) < 0.05  # thousands of draws each
     first, second = text["deepstack_layers"]["q"]["kernel"]  # layers are drawn independently
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
     assert (vision["merger"]["norm"]["scale"] == 1).all() and (vision["patch_embed"]["bias"] == 0).all()
