@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-LENGTHS = {"": 160, "full": 500, "tag_only": 160, "behavior_only": 160, "smoke": 4}  # GRPO steps
+LENGTHS = {"": 140, "full": 500, "tag_only": 140, "behavior_only": 140, "smoke": 4}  # GRPO steps
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.data.image_size = 64
     config.data.num_pretrain = 10_000
-    config.data.num_cold_start = 4_000
+    config.data.num_cold_start = 8_000
     config.data.question_share = 0.2
     config.data.num_train = 2_400
     config.data.num_evaluation = 480
@@ -68,9 +68,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.pretrain.num_steps = 900
     config.pretrain.batch_size = 32
     _schedule(config.pretrain.optimizer, 2.5e-3, config.pretrain)
-    config.cold_start.num_steps = 400
+    # Long enough to tell the pairs apart by how often they were marked unsafe: without that GRPO finds no difference to
+    # strengthen and settles on "unsafe text or nothing".
+    config.cold_start.num_steps = 900
     config.cold_start.batch_size = 16
-    config.cold_start.checkpoint_every = 200
+    config.cold_start.checkpoint_every = 300
     _schedule(config.cold_start.optimizer, 2e-3, config.cold_start)
     for stage in (config.pretrain, config.cold_start):  # from nothing, in a thousand steps
         stage.optimizer.beta2, stage.optimizer.weight_decay = 0.98, 0.05
