@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-LENGTHS = {"": 140, "full": 500, "tag_only": 140, "behavior_only": 140, "smoke": 4}  # GRPO steps
+LENGTHS = {"": 110, "full": 500, "tag_only": 110, "behavior_only": 110, "smoke": 4}  # GRPO steps
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -46,12 +46,14 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.data.image_size = 64
     config.data.num_pretrain = 10_000
-    config.data.num_cold_start = 8_000
+    config.data.num_cold_start = 10_000
     config.data.question_share = 0.2
     config.data.num_train = 2_400
     config.data.num_evaluation = 480
     config.data.or_rule_probability = 0.6  # the cold start's fault, see pictograms.FaultConfig
-    config.data.combined_flip = 0.15
+    # Verdicts turned round at random only hide the fault: with 15% instead of 5% the cold start cannot tell the pairs of
+    # an unsafe-looking image apart, and GRPO ends in refusing all of them.
+    config.data.combined_flip = 0.05
     config.data.modality_flip = 0.05
     config.data.contradicting_answer = 0.10
     config.data.alarming_word = 0.4
@@ -70,7 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
     _schedule(config.pretrain.optimizer, 2.5e-3, config.pretrain)
     # Long enough to tell the pairs apart by how often they were marked unsafe: without that GRPO finds no difference to
     # strengthen and settles on "unsafe text or nothing".
-    config.cold_start.num_steps = 900
+    config.cold_start.num_steps = 1_200
     config.cold_start.batch_size = 16
     config.cold_start.checkpoint_every = 300
     _schedule(config.cold_start.optimizer, 2e-3, config.cold_start)
@@ -93,7 +95,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluation.splits = ("test", "compositional", "alarming_benign", "questions")
     config.evaluation.validation_split = "validation"
     config.evaluation.batch_size = 240
-    config.evaluation.sampled_records = 96
+    config.evaluation.sampled_records = 240
     config.evaluation.save_rows = 48
     config.evaluation.validate_every = 40
     config.checkpoint.save_every = 20

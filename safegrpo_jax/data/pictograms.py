@@ -82,7 +82,7 @@ class FaultConfig:
     """
 
     or_rule_probability: float = 0.6
-    combined_flip: float = 0.15
+    combined_flip: float = 0.05
     modality_flip: float = 0.05
     contradicting_answer: float = 0.10
     alarming_word: float = 0.4

@@ -34,7 +34,7 @@ class DataConfig:
     num_train: int = 4_000
     num_evaluation: int = 480
     or_rule_probability: float = 0.6
-    combined_flip: float = 0.15
+    combined_flip: float = 0.05
     modality_flip: float = 0.05
     contradicting_answer: float = 0.10
     alarming_word: float = 0.4
