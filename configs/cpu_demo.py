@@ -7,15 +7,15 @@ is frozen in GRPO, and replayed plain questions keep the capability.
 
     python -m safegrpo_jax.main --config=configs/cpu_demo.py
 
-Arguments: `:full` longer GRPO, `:tag_only` and `:behavior_only` the ablations of the reward, `:smoke` a minute of
-everything that shows nothing but that it runs.
+Arguments: `:full` longer stages on more drawings (about a quarter of an hour), `:tag_only` and `:behavior_only` the
+ablations of the reward, `:smoke` a minute of everything that shows nothing but that it runs.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-LENGTHS = {"": 110, "full": 500, "tag_only": 110, "behavior_only": 110, "smoke": 4}  # GRPO steps
+LENGTHS = {"": 80, "full": 250, "tag_only": 80, "behavior_only": 80, "smoke": 4}  # GRPO steps
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -80,15 +80,14 @@ def get_config(arg: str = "") -> ConfigDict:
         stage.optimizer.beta2, stage.optimizer.weight_decay = 0.98, 0.05
 
     config.train.num_steps = LENGTHS[arg]
-    # Many prompts with few samples each: with 24 x 8 the balance of safe and unsafe prompts in a step swings the policy
-    # between refusing all and refusing nothing.
+    # Many prompts with few samples each: the balance of safe and unsafe prompts in a step then moves the policy less.
     config.train.prompts_per_step = 48
     config.sampling.group_size = 4
     config.train.replay_batch = 16
     config.train.dump_rollouts_every = 40
     config.loss.replay_weight = 0.3
     config.policy_update.num_minibatches = 2
-    _schedule(config.optimizer, 3e-4, config.train)  # 6e-4 and more often end in refusing nothing
+    _schedule(config.optimizer, 3e-4, config.train)
     config.optimizer.updates_per_step = 2
     config.sampling.max_new_tokens = 64
 
@@ -101,6 +100,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.save_every = 20
 
     match arg:
+        case "full":
+            config.data.num_pretrain, config.data.num_cold_start, config.data.num_train = 20_000, 12_000, 4_000
+            config.pretrain.num_steps, config.cold_start.num_steps = 1_800, 1_500
         case "smoke":
             config.data.num_pretrain = config.data.num_cold_start = config.data.num_train = 200
             config.data.num_evaluation = 48
