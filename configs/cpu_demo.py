@@ -51,8 +51,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.num_train = 2_400
     config.data.num_evaluation = 480
     config.data.or_rule_probability = 0.6  # the cold start's fault, see pictograms.FaultConfig
-    # Verdicts turned round at random only hide the fault: with 15% instead of 5% the cold start cannot tell the pairs of
-    # an unsafe-looking image apart, and GRPO ends in refusing all of them.
+    # Verdicts turned round at random only hide the fault: with 15% instead of 5% the cold start cannot tell the pairs
+    # of an unsafe-looking image apart, and GRPO ends in refusing all of them.
     config.data.combined_flip = 0.05
     config.data.modality_flip = 0.05
     config.data.contradicting_answer = 0.10
