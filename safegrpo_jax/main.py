@@ -17,6 +17,8 @@ if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not i
     # pages a training step on a CPU takes a quarter to a third less time: fresh buffers fault in page by page.
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, sys.orig_argv)
+# transformers reads tokenizer files here, for which it needs no torch: no advice to install it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from pathlib import Path
 
@@ -90,6 +92,8 @@ def prepare() -> run_lib.Run:
     config = config_lib.from_config_dict(_CONFIG.value)
     workdir = Path(_WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
     set_devices(config.mesh)
+    if _MODE.value == "train":
+        print(f"work directory {workdir}; preparing model and data", flush=True)
     match _MODE.value:
         case "train":
             return run_lib.build_run(config, workdir, run_lib.needed_splits(config))
