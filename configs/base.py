@@ -74,11 +74,17 @@ def get_config(arg: str = "") -> ConfigDict:
     config.advantages.scale = "group"  # "none" is Dr. GRPO
 
     config.loss = ConfigDict()
+    config.loss.surrogate = "ppo"  # or "gspo", "cispo"
+    config.loss.ratio_anchor = "behavior"  # or "proximal" (one more pass), "policy" (one update per batch)
+    config.loss.correction = "none"  # or "truncate", "sequence_mask": weights for a sampler that is not the policy
+    config.loss.correction_cap = 2.0
     config.loss.clip_low = 0.2
     config.loss.clip_high = 0.2
     config.loss.clip_dual = 3.0
+    config.loss.mask_truncated = False  # True: completions cut off by length train nothing
     config.loss.kl_estimator = "k3"
     config.loss.kl_coefficient = 0.01
+    config.loss.kl_in_reward = False
     config.loss.entropy_coefficient = 0.0
     config.loss.aggregation = "token_mean"
     config.loss.normalizer = "global"  # "micro" reproduces the published run's normaliser

@@ -260,6 +260,11 @@ def validate(config: Config) -> None:
         raise ValueError(f"config.model.compute_dtype={config.model.compute_dtype!r}: use 'float32' or 'bfloat16'")
     if bool(config.loss.replay_weight) != bool(config.train.replay_batch):
         raise ValueError("config.loss.replay_weight and config.train.replay_batch go together: set both, or neither")
+    if config.loss.ratio_anchor == "policy" and update.num_minibatches * update.num_epochs > 1:
+        raise ValueError(
+            "config.loss.ratio_anchor='policy' holds the ratio at 1, which is right with one update per batch only: set"
+            " policy_update.num_minibatches and num_epochs to 1, or ratio_anchor to 'proximal'"
+        )
     if config.processor.completion_buckets[-1] < config.sampling.max_new_tokens:
         raise ValueError(
             f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} exceeds the largest of "

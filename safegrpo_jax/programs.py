@@ -8,6 +8,7 @@ baked into an executable. Donation: updates consume their state.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,8 +21,10 @@ from jaxtyping import Bool, Int
 from safegrpo_jax.config import Config
 from safegrpo_jax.grpo.advantages import group_advantages
 from safegrpo_jax.grpo.logps import token_logps
+from safegrpo_jax.grpo.loss import kl_estimate
 from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
 from safegrpo_jax.grpo.update import update_policy, update_supervised
+from safegrpo_jax.masked import masked_sum
 from safegrpo_jax.models import qwen_vl
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.rewards.compose import compute_rewards, repeat_labels, reward_metrics
@@ -50,7 +53,7 @@ class Programs:
     """The jitted programs of one run. Batches are sharded over the data axes, parameters by their rules.
 
     `generate(params, prompts, key)` samples groups as GRPO trains on them; `generate_greedy` one greedy completion a
-    prompt. `score(reference_params, prompts, rollouts)` gives the Experience, the rewards and their metrics;
+    prompt. `score(params, reference_params, prompts, rollouts)` gives the Experience, the rewards and their metrics;
     `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)` is one GRPO step,
     `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start". `init_state[stage](params)` makes the
     TrainState of a stage. Both updates and `init_state` consume their first argument.
@@ -63,7 +66,7 @@ class Programs:
     generate: Callable[[Params, Prompts, Key], Rollouts]
     generate_greedy: Callable[[Params, Prompts, Key], Rollouts]
     grade: Callable[[Rollouts, Labels], Rewards]
-    score: Callable[[Params, Prompts, Rollouts], tuple[Experience, Rewards, Metrics]]
+    score: Callable[[Params, Params, Prompts, Rollouts], tuple[Experience, Rewards, Metrics]]
     update: Callable[[TrainState, Experience, Demonstrations | None], tuple[TrainState, Metrics]]
     supervised: dict[str, Callable[[TrainState, Demonstrations], tuple[TrainState, Metrics]]]
     init_state: dict[str, Callable[[Params], TrainState]]
@@ -277,21 +280,38 @@ def _build_update(config: Config, model: QwenVLConfig, stage: _Stage, replicated
 
 
 def _build_score(config: Config, model: QwenVLConfig) -> Callable:
-    def score(reference_params, prompts, rollouts, banned):
-        labels = repeat_labels(prompts.labels, config.sampling.group_size)
+    loss, group_size = config.loss, config.sampling.group_size
+    logps_of = functools.partial(
+        make_logps_fn, model, temperature=config.sampling.temperature, chunk=config.model.logits_chunk
+    )
+
+    def score(params, reference_params, prompts, rollouts, banned):
+        logps_fn = logps_of(banned_ids_mask=banned, freeze_vision=True)
+        tokens = (prompts, rollouts.completion_ids, rollouts.completion_mask)
+        labels = repeat_labels(prompts.labels, group_size)
         rewards = compute_rewards(rollouts.spans, labels, config.rewards)
-        advantages, stats = group_advantages(rewards.total, config.sampling.group_size, config.advantages)
-        reference_logps = jnp.zeros_like(rollouts.behavior_logps)
-        if config.loss.kl_estimator != "none":  # without a KL term the reference pass is not computed at all
-            logps_fn = make_logps_fn(model, banned, config.sampling.temperature, config.model.logits_chunk, True)
-            reference_logps, _ = logps_fn(reference_params, prompts, rollouts.completion_ids, rollouts.completion_mask)
+        # What the loss does not read is not computed at all.
+        reference_logps = proximal_logps = rollouts.behavior_logps
+        if loss.kl_estimator != "none":
+            reference_logps, _ = logps_fn(reference_params, *tokens)
+        if loss.ratio_anchor == "proximal":
+            proximal_logps, _ = logps_fn(params, *tokens)
+        returns = rewards.total
+        if loss.kl_in_reward:
+            divergence = kl_estimate(rollouts.behavior_logps, reference_logps, loss.kl_estimator)
+            returns = returns - loss.kl_coefficient * masked_sum(divergence, rollouts.completion_mask, axis=1)
+        advantages, stats = group_advantages(returns, group_size, config.advantages)
+        mask = rollouts.completion_mask
+        if loss.mask_truncated:
+            mask = mask & ~rollouts.truncated[:, None]
         experience = Experience(
             prompts=prompts,
             completion_ids=rollouts.completion_ids,
-            completion_mask=rollouts.completion_mask,
+            completion_mask=mask,
             behavior_logps=rollouts.behavior_logps,
+            proximal_logps=proximal_logps,
             reference_logps=reference_logps,
-            advantages=advantages[:, None] * rollouts.completion_mask,
+            advantages=advantages[:, None] * mask,
         )
         return experience, rewards, stats | reward_metrics(rewards, labels) | rollout_metrics(rollouts)
 

@@ -182,7 +182,9 @@ def grpo_step(
     with timer("generate"):
         rollouts = jax.block_until_ready(run.programs.generate(state.params, prompts, key))
     with timer("score"):
-        experience, rewards, stats = jax.block_until_ready(run.programs.score(reference_params, prompts, rollouts))
+        experience, rewards, stats = jax.block_until_ready(
+            run.programs.score(state.params, reference_params, prompts, rollouts)
+        )
     advantages = experience.advantages
     if step % run.config.train.dump_rollouts_every == 0 or step == run.config.train.num_steps:
         _dump(run, records, rollouts, rewards, np.asarray(advantages).max(-1) + np.asarray(advantages).min(-1), step)

@@ -183,12 +183,17 @@ class Rollouts:
 
 @pytree
 class Experience:
-    """Everything one policy update needs: prompts, rollouts, and what was computed about them."""
+    """Everything one policy update needs: prompts, rollouts, and what was computed about them.
+
+    `proximal_logps` are the trainer's own log-probabilities before the first update, or, where the loss does not ask
+    for them, those of sampling once more.
+    """
 
     prompts: Prompts
     completion_ids: Int[Array, "n c"]
     completion_mask: Bool[Array, "n c"]
     behavior_logps: Float[Array, "n c"]
+    proximal_logps: Float[Array, "n c"]
     reference_logps: Float[Array, "n c"]
     advantages: Float[Array, "n c"]
 

@@ -65,6 +65,7 @@ def test_a_stage_of_no_steps_needs_no_schedule():
         ({"loss": {"replay_weight": 0.3}}, "replay_weight and config.train.replay_batch go together"),
         ({"rewards": {"rule_set": "lenient"}}, "lenient"),
         ({"sampling": {"max_new_tokens": 5000}}, "max_new_tokens=5000 exceeds"),
+        ({"loss": {"ratio_anchor": "policy"}}, "right with one update per batch only"),
         ({"model": {"compute_dtype": "float16"}}, "use 'float32' or 'bfloat16'"),
     ],
 )

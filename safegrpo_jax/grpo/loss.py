@@ -1,25 +1,29 @@
 """The GRPO objective, one pure function per formula, every value per token.
 
-Owns the clipped surrogate, the KL estimators, the aggregation of tokens to a number, and their sum with
-its metrics. It neither runs a model nor knows of microbatches, and this is the idea that keeps it so:
-every aggregation is a weighted sum over tokens, and the weights depend on the mask alone. They are
-computed once for a whole mini-batch, so the sum over any cut into microbatches is exact.
+Owns the surrogates, the correction for a sampler that is not quite the policy, the KL estimators, the aggregation of
+tokens to a number, and their sum with its metrics. It neither runs a model nor knows of microbatches, and this is the
+idea that keeps it so: every aggregation is a weighted sum over tokens, and the weights depend on the mask alone. They
+are computed once for a whole mini-batch, so the sum over any cut into microbatches is exact.
 
 Source: PPO (arXiv 1707.06347), dual clip (arXiv 1912.09729), clip-higher and token mean (DAPO, arXiv 2503.14476),
-constant divisor (Dr. GRPO, arXiv 2503.20783), KL estimators (joschu.net/blog/kl-approx.html); clamps and
-defaults as verl `core_algos`.
+constant divisor (Dr. GRPO, arXiv 2503.20783), GSPO (arXiv 2507.18071), CISPO (MiniMax-M1, arXiv 2506.13585), decoupled
+objective (arXiv 2110.00641), KL estimators (joschu.net/blog/kl-approx.html); clamps and defaults as verl `core_algos`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from safegrpo_jax.masked import masked_sum
 from safegrpo_jax.types import Array, Metrics
 
+SURROGATES = ("ppo", "gspo", "cispo")
+ANCHORS = ("behavior", "proximal", "policy")
+CORRECTIONS = ("none", "truncate", "sequence_mask")
 AGGREGATIONS = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm")
 KL_ESTIMATORS = ("k1", "k2", "k3", "none")
 NORMALIZERS = ("global", "micro")
@@ -32,9 +36,19 @@ KL_LIMIT = 10.0  # published clamp of k3: beyond it the KL of a token has no gra
 class LossConfig:
     """Terms of the objective.
 
+    `surrogate`: "ppo", the clipped ratio of each token; "gspo", the clipped ratio of the whole sequence, per token;
+    "cispo", the log-probability weighted by the clipped ratio, which then bears no gradient.
+    `ratio_anchor`, what the ratio is taken against: "behavior", the log-probabilities of sampling; "proximal", those
+    the trainer itself computes before the first update of a batch, in one more pass; "policy", the policy itself
+    without gradient, so that the ratio is exactly 1, which is right with a single update per batch.
+    `correction` weighs the surrogate by anchor over behaviour probability, without gradient: "truncate" per token, at
+    most `correction_cap`; "sequence_mask" per sequence, where a weight above the cap becomes 0.
     `clip_low`, `clip_high`: the ratio is clipped to [1 - clip_low, 1 + clip_high].
     `clip_dual`: where the advantage is negative, the loss of a token is at most -advantage * clip_dual; 0 is off.
+    `mask_truncated`: completions that were cut off by length train nothing.
     `kl_estimator`: one of KL_ESTIMATORS; "none" reads no reference log-probabilities and reports no KL.
+    `kl_in_reward`: kl_coefficient times the summed KL estimate of sampling is taken from the reward of a completion,
+    before the advantages, instead of added to the loss.
     `aggregation`: one of AGGREGATIONS, applied to surrogate, KL and entropy alike.
     `norm_length`: divisor of "seq_mean_token_sum_norm"; 0 takes the padded completion length.
     `normalizer`: "global" divides by counts of the mini-batch; "micro" takes the mean over microbatches
@@ -42,11 +56,17 @@ class LossConfig:
     `replay_weight`: factor of the cross-entropy of replayed demonstrations, where an update is given any.
     """
 
+    surrogate: str = "ppo"
+    ratio_anchor: str = "behavior"
+    correction: str = "none"
+    correction_cap: float = 2.0
     clip_low: float = 0.2
     clip_high: float = 0.2
     clip_dual: float = 3.0
+    mask_truncated: bool = False
     kl_estimator: str = "k3"
     kl_coefficient: float = 0.01
+    kl_in_reward: bool = False
     entropy_coefficient: float = 0.0
     aggregation: str = "token_mean"
     norm_length: int = 0
@@ -55,6 +75,9 @@ class LossConfig:
 
     def __post_init__(self):
         for field, allowed in (
+            ("surrogate", SURROGATES),
+            ("ratio_anchor", ANCHORS),
+            ("correction", CORRECTIONS),
             ("kl_estimator", KL_ESTIMATORS),
             ("aggregation", AGGREGATIONS),
             ("normalizer", NORMALIZERS),
@@ -67,8 +90,17 @@ class LossConfig:
             raise ValueError(f"loss clip_dual is {self.clip_dual}; use a number > 1, or 0 to switch it off")
         if self.norm_length < 0:
             raise ValueError(f"loss norm_length is {self.norm_length}; use a token count, or 0 for the padded length")
-        if self.kl_estimator == "none" and self.kl_coefficient:
-            raise ValueError("loss kl_estimator is 'none': set kl_coefficient to 0, or choose an estimator")
+        if self.kl_estimator == "none" and (self.kl_coefficient or self.kl_in_reward):
+            raise ValueError(
+                "loss kl_estimator is 'none': set kl_coefficient to 0 and kl_in_reward to False, or choose one"
+            )
+        if self.correction_cap <= 0:
+            raise ValueError(f"loss correction_cap is {self.correction_cap}; use a number > 0")
+        if self.correction != "none" and self.ratio_anchor == "behavior":
+            raise ValueError(
+                f"loss correction {self.correction!r} needs ratio_anchor 'proximal' or 'policy': with 'behavior' there"
+                " is nothing to correct"
+            )
 
 
 def log_ratio(policy_logps: Float[Array, "n c"], behavior_logps: Float[Array, "n c"]) -> Float[Array, "n c"]:
@@ -91,6 +123,29 @@ def clipped_surrogate(
     bound = -advantages * config.clip_dual
     bounded = (advantages < 0) & (loss > bound)
     return jnp.where(advantages < 0, jnp.minimum(loss, bound), loss), clipped > plain, bounded
+
+
+def sequence_log_ratio(log_ratios: Float[Array, "n c"], mask: Bool[Array, "n c"]) -> Float[Array, "n c"]:
+    """Mean log-ratio of each row over its real tokens, at every token: the logarithm of GSPO's sequence ratio."""
+    lengths = jnp.maximum(mask.sum(1, keepdims=True), 1)
+    return jnp.broadcast_to(jnp.where(mask, log_ratios, 0.0).sum(1, keepdims=True) / lengths, log_ratios.shape)
+
+
+def importance_weights(
+    anchor_logps: Float[Array, "n c"], behavior_logps: Float[Array, "n c"], mask: Bool[Array, "n c"], config: LossConfig
+) -> Float[Array, "n c"]:
+    """Weight of every token for having been drawn by the behaviour policy instead of the anchor; no gradient."""
+    change = jax.lax.stop_gradient(log_ratio(anchor_logps, behavior_logps))
+    match config.correction:
+        case "none":
+            return jnp.ones_like(change)
+        case "truncate":
+            return jnp.minimum(jnp.exp(change), config.correction_cap)
+        case "sequence_mask":
+            total = jnp.where(mask, change, 0.0).sum(1, keepdims=True)
+            weight = jnp.exp(jnp.clip(total, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+            return jnp.broadcast_to(jnp.where(weight > config.correction_cap, 0.0, weight), change.shape)
+    raise ValueError(f"correction is {config.correction!r}; use one of {', '.join(CORRECTIONS)}")
 
 
 def kl_estimate(
@@ -143,10 +198,36 @@ def token_weights(
     return (real / (divisor * num_blocks)).reshape(mask.shape)
 
 
+def surrogate_terms(
+    policy_logps: Float[Array, "n c"],
+    anchor_logps: Float[Array, "n c"],
+    advantages: Float[Array, "n c"],
+    mask: Bool[Array, "n c"],
+    config: LossConfig,
+) -> tuple[Float[Array, "n c"], Float[Array, "n c"], Bool[Array, "n c"], Bool[Array, "n c"]]:
+    """Per-token surrogate loss of `config.surrogate`, its ratio, where the ratio left the clip range to an effect,
+    and where the dual clip bounded the loss."""
+    log_ratios = log_ratio(policy_logps, anchor_logps)
+    match config.surrogate:
+        case "ppo":
+            ratio = jnp.exp(log_ratios)
+        case "gspo":
+            ratio = jnp.exp(sequence_log_ratio(log_ratios, mask))
+        case "cispo":
+            ratio = jax.lax.stop_gradient(jnp.exp(log_ratios))
+            clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+            return -advantages * clipped * policy_logps, ratio, clipped != ratio, jnp.zeros(ratio.shape, bool)
+        case _:
+            raise ValueError(f"surrogate is {config.surrogate!r}; use one of {', '.join(SURROGATES)}")
+    loss, clipped, dual_clipped = clipped_surrogate(ratio, advantages, config)
+    return loss, ratio, clipped, dual_clipped
+
+
 def grpo_loss(
     policy_logps: Float[Array, "n c"],
     entropy: Float[Array, "n c"],
     behavior_logps: Float[Array, "n c"],
+    proximal_logps: Float[Array, "n c"],
     reference_logps: Float[Array, "n c"],
     advantages: Float[Array, "n c"],
     mask: Bool[Array, "n c"],
@@ -159,11 +240,19 @@ def grpo_loss(
     `weights` are the rows' part of the `token_weights` of the mini-batch, and `num_tokens` the mini-batch's
     number of real tokens (float32, at least 1), so that losses and additive metrics of disjoint rows sum to
     those of the mini-batch. Only `policy_logps` and, if it has a coefficient, `entropy` carry gradient.
-    Clip fractions, ratios and gaps are token means; loss, surrogate, KL and entropy follow the aggregation.
+    `proximal_logps` is read for `ratio_anchor` "proximal" alone. Clip fractions, ratios, importance weights and gaps
+    are token means; loss, surrogate, KL and entropy follow the aggregation. The importance ratios are those of the
+    policy over the behaviour, as they are, without a cap.
     """
-    log_ratios = log_ratio(policy_logps, behavior_logps)
-    ratio = jnp.exp(log_ratios)
-    surrogate, clipped, dual_clipped = clipped_surrogate(ratio, advantages, config)
+    match config.ratio_anchor:
+        case "behavior":
+            anchor_logps = behavior_logps
+        case "proximal":
+            anchor_logps = proximal_logps
+        case _:
+            anchor_logps = jax.lax.stop_gradient(policy_logps)
+    surrogate, ratio, clipped, dual_clipped = surrogate_terms(policy_logps, anchor_logps, advantages, mask, config)
+    surrogate = surrogate * importance_weights(anchor_logps, behavior_logps, mask, config)
 
     def aggregate(values):
         return masked_sum(values * weights, mask)
@@ -172,21 +261,25 @@ def grpo_loss(
         return masked_sum(values.astype(jnp.float32), mask) / num_tokens
 
     gap = jnp.abs(policy_logps - behavior_logps)
+    importance = jnp.exp(log_ratio(policy_logps, behavior_logps))
     sums = {
         "policy/surrogate_loss": aggregate(surrogate),
         "policy/entropy": aggregate(entropy),
         "policy/clip_fraction": mean(clipped),
         "policy/clip_fraction_dual": mean(dual_clipped),
-        "policy/approx_kl": mean(-log_ratios),
+        "policy/approx_kl": mean(-log_ratio(policy_logps, anchor_logps)),
         "policy/ratio_mean": mean(ratio),
         "policy/behavior_gap_mean": mean(gap),
+        "policy/importance_mean": mean(importance),
+        "policy/importance_square_mean": mean(jnp.square(importance)),
     }
     loss = sums["policy/surrogate_loss"]
     if config.entropy_coefficient:
         loss = loss - config.entropy_coefficient * sums["policy/entropy"]
     if config.kl_estimator != "none":
         sums["policy/kl"] = aggregate(kl_estimate(policy_logps, reference_logps, config.kl_estimator))
-        loss = loss + config.kl_coefficient * sums["policy/kl"]
+        if not config.kl_in_reward:
+            loss = loss + config.kl_coefficient * sums["policy/kl"]
     maxima = {
         "policy/ratio_max": jnp.max(jnp.where(mask, ratio, 0.0)),
         "policy/behavior_gap_max": jnp.max(jnp.where(mask, gap, 0.0)),

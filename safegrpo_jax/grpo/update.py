@@ -99,8 +99,9 @@ def update_policy(
     Each mini-batch takes its block of `replay`, whose leading sizes must be divisible like the batch's.
 
     A step whose gradient norm is not finite changes neither parameters nor optimizer state and is counted
-    in `update/skipped_steps`. Metrics are means over the steps, `_max` maxima; the behaviour gap is that of
-    the first step alone, where the policy is still the one that sampled and a gap is a numerical mismatch.
+    in `update/skipped_steps`. Metrics are means over the steps, `_max` maxima; the behaviour gap and the effective
+    sample size (of the importance ratios of all tokens, as a fraction) are those of the first step alone, where the
+    policy is still the one that sampled and a gap is a numerical mismatch.
 
     Raises: ValueError (while tracing) for sizes that do not divide.
     """
@@ -119,8 +120,13 @@ def update_policy(
         None,
         length=update.num_epochs,
     )
+    first_mean, first_square = (means.pop(f"policy/importance{kind}_mean")[0, 0] for kind in ("", "_square"))
     metrics = {name: jnp.mean(values) for name, values in means.items()}
     metrics |= {name: jnp.max(values) for name, values in maxima.items()}
+    # 1 where sampler and trainer agree; with no token at all there is nothing to disagree about.
+    metrics["policy/effective_sample_fraction"] = jnp.where(
+        first_square > 0, jnp.square(first_mean) / jnp.maximum(first_square, 1e-30), 1.0
+    )
     metrics["policy/behavior_gap_mean"] = means["policy/behavior_gap_mean"][0, 0]
     metrics["policy/behavior_gap_max"] = maxima["policy/behavior_gap_max"][0, 0]
     metrics["update/skipped_steps"] = jnp.sum(means["update/skipped_steps"])
@@ -171,6 +177,7 @@ def _policy_objective(experience, replay, logps_fn, loss: LossConfig, update: Up
             policy_logps,
             entropy,
             experience.behavior_logps,
+            experience.proximal_logps,
             experience.reference_logps,
             experience.advantages,
             experience.completion_mask,

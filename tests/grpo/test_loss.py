@@ -139,10 +139,11 @@ def random_tokens(seed=5, n=6, c=9):
     mask = np.arange(c) < np.array([[9], [4], [1], [0], [7], [2]])
     behavior = np.where(mask, -rng.exponential(1.0, (n, c)), 0).astype(np.float32)
     policy = np.where(mask, behavior + rng.normal(0, 0.6, (n, c)), 0).astype(np.float32)
+    proximal = np.where(mask, behavior + rng.normal(0, 0.4, (n, c)), 0).astype(np.float32)
     reference = np.where(mask, behavior + rng.normal(0, 1.5, (n, c)), 0).astype(np.float32)
     entropy = np.where(mask, rng.exponential(1.0, (n, c)), 0).astype(np.float32)
     advantages = np.broadcast_to(rng.normal(0, 2, (n, 1)), (n, c)).astype(np.float32)
-    return policy, entropy, behavior, reference, advantages, mask
+    return policy, entropy, behavior, proximal, reference, advantages, mask
 
 
 def run_loss(tokens, config):
@@ -153,7 +154,7 @@ def run_loss(tokens, config):
 
 def float64_loss(tokens, config):
     """The objective token by token in Python floats, written from the papers and not from the package."""
-    policy, entropy, behavior, reference, advantages, mask = (np.asarray(x, np.float64) for x in tokens)
+    policy, entropy, behavior, _, reference, advantages, mask = (np.asarray(x, np.float64) for x in tokens)
     terms, clipped, bounded, minus_log_ratio = np.zeros_like(policy), 0, 0, 0.0
     for i, j in zip(*np.nonzero(mask), strict=True):
         advantage, change = advantages[i, j], min(max(policy[i, j] - behavior[i, j], -20), 20)
@@ -213,9 +214,10 @@ def test_padding_cannot_reach_the_loss_or_its_gradient():
 
 
 def test_no_reference_means_no_kl():
-    policy, entropy, behavior, reference, advantages, mask = random_tokens()
+    policy, entropy, behavior, proximal, reference, advantages, mask = random_tokens()
     config = LossConfig(kl_estimator="none", kl_coefficient=0.0)
-    loss, sums, _ = run_loss((policy, entropy, behavior, np.full_like(reference, np.nan), advantages, mask), config)
+    unread = np.full_like(reference, np.nan)
+    loss, sums, _ = run_loss((policy, entropy, behavior, unread, unread, advantages, mask), config)
     assert np.isfinite(loss) and "policy/kl" not in sums
 
 
@@ -228,6 +230,11 @@ def test_no_reference_means_no_kl():
         ({"normalizer": "local"}, "normalizer.*'local'.*global, micro"),
         ({"clip_dual": 0.9}, "clip_dual.*> 1"),
         ({"clip_low": 1.5}, "clip range"),
+        ({"surrogate": "trpo"}, "surrogate.*'trpo'.*ppo, gspo, cispo"),
+        ({"ratio_anchor": "old"}, "ratio_anchor.*'old'.*behavior"),
+        ({"correction": "clip"}, "correction.*'clip'.*truncate"),
+        ({"correction": "truncate"}, "needs ratio_anchor 'proximal' or 'policy'"),
+        ({"correction_cap": 0.0}, "correction_cap.*> 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

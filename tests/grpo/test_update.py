@@ -93,7 +93,15 @@ def make_experience(seed=1, num=B):
     def moved(scale):
         return np.where(mask, logps + rng.normal(0, scale, (n, C)), 0).astype(np.float32)
 
-    return Experience(prompts, ids, mask, moved(0.3), moved(0.5), advantages)
+    return Experience(
+        prompts=prompts,
+        completion_ids=ids,
+        completion_mask=mask,
+        behavior_logps=moved(0.3),
+        proximal_logps=moved(0.2),
+        reference_logps=moved(0.5),
+        advantages=advantages,
+    )
 
 
 def make_demonstrations(seed=2, num=B):
@@ -296,6 +304,45 @@ def test_the_behaviour_gap_is_that_of_the_first_step():
     _, metrics = run(same, update=UpdateConfig(num_minibatches=4))
     assert metrics["policy/behavior_gap_mean"] < 1e-6  # the same program up to rounding
     assert metrics["policy/approx_kl"] != 0 and metrics["policy/ratio_max"] > 1.0001, "later steps have moved on"
+
+
+def test_the_effective_sample_fraction_is_that_of_the_first_step():
+    experience = make_experience()
+    mask = np.asarray(experience.completion_mask)
+    logps = np.asarray(logps_fn(init_params(), experience.prompts, experience.completion_ids, mask)[0], np.float64)
+    # The first of two mini-batches: half of the rows.
+    ratio = np.exp(logps - experience.behavior_logps)[: B * G // 2][mask[: B * G // 2]]
+    expected = ratio.sum() ** 2 / (ratio.size * np.square(ratio).sum())
+    for num_microbatches in (1, 2):
+        _, metrics = run(experience, update=UpdateConfig(num_minibatches=2, num_microbatches=num_microbatches))
+        np.testing.assert_allclose(metrics["policy/effective_sample_fraction"], expected, rtol=1e-5)
+    assert expected < 0.98, "the case must show a difference"
+
+
+def test_with_the_policy_as_anchor_the_step_is_the_plain_policy_gradient():
+    """The ratio is exactly 1 whatever the sampler said: no clipping, and the gradient of -advantage * logp."""
+    experience = make_experience()
+    loss = LossConfig(ratio_anchor="policy", kl_estimator="none", kl_coefficient=0.0)
+    state, metrics = run(experience, None, loss)
+    assert metrics["policy/ratio_max"] == 1 and metrics["policy/clip_fraction"] == 0
+
+    def objective(params):
+        mask = experience.completion_mask
+        logps, _ = logps_fn(params, experience.prompts, experience.completion_ids, mask)
+        return -jnp.sum(jnp.where(mask, experience.advantages * logps, 0)) / jnp.sum(mask)
+
+    grads = jax.grad(objective)(init_params())
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g / (jnp.abs(g) + 1.0), init_params(), grads)
+    assert_same_params(state, TrainState(jnp.int32(0), expected, None), FLOAT64_AGREEMENT)
+
+
+@pytest.mark.parametrize("surrogate", ["gspo", "cispo"])
+def test_other_surrogates_are_exact_over_microbatches(surrogate):
+    loss = dataclasses.replace(LOSS, surrogate=surrogate, ratio_anchor="proximal", correction="truncate")
+    experience = make_experience()
+    whole, _ = run(experience, None, loss, UpdateConfig())
+    cut, _ = run(experience, None, loss, UpdateConfig(num_microbatches=4))
+    assert_same_params(whole, cut)
 
 
 def make_mesh():

@@ -1,0 +1,83 @@
+"""The scoring program of a run: what the loss asks for is computed, and nothing else."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_train import toy_config
+
+from safegrpo_jax import config as config_lib
+from safegrpo_jax import run as run_lib
+from safegrpo_jax.grpo.advantages import AdvantageConfig, group_advantages
+from safegrpo_jax.grpo.loss import LossConfig, kl_estimate
+from safegrpo_jax.programs import build_programs
+from safegrpo_jax.rewards.automaton import build_tables
+
+SAME_PASS = 1e-5  # the same log-probabilities by two compiled programs, in float32
+
+
+@pytest.fixture(scope="module")
+def rollout_batch(tmp_path_factory):
+    """(run, parameters, other parameters, prompts, rollouts of the parameters; some cut off, rewards all alike)."""
+    folder = tmp_path_factory.mktemp("programs")
+    config = toy_config(folder / "cache")
+    run = run_lib.build_run(config, folder / "run", ("train",))
+    with jax.set_mesh(run.mesh):
+        params = run.initial_params()
+        other = jax.tree.map(lambda leaf: leaf * 1.05, params)
+        prompts = run.prompts(run.records["train"][:16], config_lib.num_blocks(config))
+        rollouts = run.programs.generate(params, prompts, jax.random.key(3))
+    # An untrained model never stops: end the first half of the rows one token early, as if they had.
+    lengths = np.asarray(rollouts.completion_len) - (np.arange(32) < 16)
+    mask = np.arange(12) < lengths[:, None]
+    rollouts = dataclasses.replace(
+        rollouts,
+        completion_mask=mask,
+        behavior_logps=np.where(mask, rollouts.behavior_logps, 0).astype(np.float32),
+        completion_len=lengths.astype(np.int32),
+        truncated=np.arange(32) >= 16,
+    )
+    return run, params, other, prompts, rollouts
+
+
+def score(batch, **loss_settings):
+    run, params, other, prompts, rollouts = batch
+    config = dataclasses.replace(run.config, loss=LossConfig(**loss_settings), advantages=AdvantageConfig(scale="none"))
+    banned = run_lib.banned_ids(run.processor, run.model)
+    tables = build_tables(config.rewards.rules(), run.token_bytes)
+    programs = build_programs(config, run.model, run.mesh, banned, run.processor.chat.stop_ids, tables)
+    with jax.set_mesh(run.mesh):
+        experience, rewards, _ = jax.device_get(programs.score(params, other, prompts, rollouts))
+    return experience, rewards
+
+
+def test_kl_in_the_reward_sets_the_advantages(rollout_batch):
+    rollouts = rollout_batch[-1]
+    experience, rewards = score(rollout_batch, kl_coefficient=0.2, kl_in_reward=True)
+    assert np.ptp(rewards.total) == 0, "rewards alone would give no advantage"
+    divergence = np.asarray(kl_estimate(rollouts.behavior_logps, experience.reference_logps, "k3"))
+    returns = rewards.total - 0.2 * np.where(rollouts.completion_mask, divergence, 0).sum(1)
+    expected, _ = group_advantages(returns.astype(np.float32), 2, AdvantageConfig(scale="none"))
+    assert np.abs(expected).max() > 1e-4
+    np.testing.assert_allclose(experience.advantages[:, 0], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_truncated_completions_can_be_left_out(rollout_batch):
+    rollouts = rollout_batch[-1]
+    plain, _ = score(rollout_batch)
+    masked, _ = score(rollout_batch, mask_truncated=True)
+    np.testing.assert_array_equal(plain.completion_mask, rollouts.completion_mask)
+    assert not masked.completion_mask[16:].any()
+    np.testing.assert_array_equal(masked.completion_mask[:16], rollouts.completion_mask[:16])
+
+
+def test_proximal_logps_are_those_of_the_policy_in_training(rollout_batch):
+    rollouts = rollout_batch[-1]
+    mask = np.asarray(rollouts.completion_mask)
+    experience, _ = score(rollout_batch, ratio_anchor="proximal")
+    np.testing.assert_allclose(experience.proximal_logps[mask], rollouts.behavior_logps[mask], atol=SAME_PASS)
+    assert np.abs(experience.reference_logps - experience.proximal_logps)[mask].max() > 100 * SAME_PASS
+    unread, _ = score(rollout_batch, kl_estimator="none", kl_coefficient=0.0)
+    np.testing.assert_array_equal(unread.proximal_logps, rollouts.behavior_logps)
+    np.testing.assert_array_equal(unread.reference_logps, rollouts.behavior_logps)
