@@ -365,7 +365,10 @@ def sample(run: Run, image_file: Path, prompt: str) -> str:
       OSError: no such image file.
     """
     image = image_file.read_bytes()
-    check_image(image, run.config.data.max_image_pixels, run.config.data.max_image_bytes)
+    try:
+        check_image(image, run.config.data.max_image_pixels, run.config.data.max_image_bytes)
+    except ValueError as error:
+        raise ValueError(f"--image={image_file}: {error}") from error
     record = Record(prompt, (image,), text_tag="safe", image_tag="safe", combine_tag="safe")
     params = latest_params(run)
     rollouts, _ = jax.device_get(run_greedy(run, params, [record] * run.config.mesh.data_parallel))

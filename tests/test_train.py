@@ -145,6 +145,8 @@ def test_sample_speaks_about_an_image(finished, cache_folder):
         assert isinstance(train.sample(run, image, "Is this safe to touch?"), str)
         with pytest.raises(OSError):
             train.sample(run, image.with_name("missing.png"), "Hello")
+        with pytest.raises(ValueError, match=r"--image=.*summary.json: not a readable image"):
+            train.sample(run, finished / "summary.json", "Hello")
 
 
 def test_sample_without_a_checkpoint_says_so(cache_folder, tmp_path):

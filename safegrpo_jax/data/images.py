@@ -21,7 +21,7 @@ import zlib
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MERGE_SIZE = 2  # patches along one side of a merged vision token
 MAX_ASPECT_RATIO = 200
@@ -41,6 +41,8 @@ def _open(data: bytes, max_image_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:
         raise ValueError(f"image has more pixels than max_image_pixels={max_image_pixels}; resize it") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"not a readable image; supported: {', '.join(_FORMATS)}") from None
     except _BROKEN as error:
         raise ValueError(f"not a readable image ({_one_line(error)}); supported: {', '.join(_FORMATS)}") from None
     width, height = image.size

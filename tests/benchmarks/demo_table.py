@@ -1,6 +1,6 @@
 """The results table of the README, from the work directories of several seeds.
 
-    python tests/benchmarks/demo_table.py workdirs/seed0 workdirs/seed1 workdirs/seed2
+    python -m tests.benchmarks.demo_table workdirs/seed0 workdirs/seed1 workdirs/seed2
 
 Values are means over the seeds with their range. The 95% interval is that of the mean change: the half widths of the
 seeds' own intervals (`evaluation.scores.difference_interval`, which treats the rows before and after as independent)
