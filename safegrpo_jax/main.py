@@ -3,8 +3,8 @@
     python -m safegrpo_jax.main --config=FILE[:arg] [--workdir=DIR] [--mode=train|evaluate|sample|export]
         [--config.section.key=value] [--image=FILE --prompt=TEXT]
 
-Bad input ends with one line on stderr and exit code 2, a non-finite number with 1; an interrupted run saves and exits
-with 130.
+Bad input ends with one line on stderr and exit code 2, a non-finite number with 1. An interrupted run saves and exits
+with 128 plus the signal: 130 after Ctrl-C, 143 after SIGTERM, by which a platform announces that it takes the machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _IMAGE = flags.DEFINE_string("image", None, "For --mode=sample: an image file.")
 _PROMPT = flags.DEFINE_string("prompt", None, "For --mode=sample: the request.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an input error.")
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED_BY = 1, 2, 128
 
 
 def parse_flags(argv: list[str]) -> None:
@@ -106,9 +106,9 @@ def prepare() -> run_lib.Run:
 
 def train_run(run: run_lib.Run, writer: MetricsWriter) -> int:
     """Trains, prints the results and their paths, and returns the exit code."""
-    if not train.train(run, writer):
+    if number := train.train(run, writer):
         print(f"stopped; run the same command again to go on (work directory {run.workdir})")
-        return INTERRUPTED
+        return INTERRUPTED_BY + number
     print(train.results_table(run))
     for name in ("report.html", "summary.json", "metrics.jsonl", "rollouts", "export"):
         print(f"{name:14s} {run.workdir / name}")

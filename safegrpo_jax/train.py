@@ -44,14 +44,14 @@ STREAM_SEEDS = {"pretrain": 1, "cold_start": 2, "grpo": 3, "replay": 4}
 
 
 class Interrupted(Exception):
-    """Raised between two steps, after a checkpoint, when the user or the platform asked to stop."""
+    """Raised between two steps, after a checkpoint, with the signal by which a person or the platform asked to stop."""
 
 
 class StopRequest:
-    """While entered, the first Ctrl-C or SIGTERM sets `requested`; a second Ctrl-C interrupts at once."""
+    """While entered, the first Ctrl-C or SIGTERM sets `requested` to its number; a second Ctrl-C interrupts at once."""
 
     def __init__(self):
-        self.requested = False
+        self.requested = 0
         self._previous = {}
 
     def __enter__(self) -> StopRequest:
@@ -65,12 +65,12 @@ class StopRequest:
     def _note(self, number, frame) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = number
         print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
 
 
-def train(run: Run, writer: MetricsWriter) -> bool:
-    """Runs what is left of the run; True when it is complete, False when it was interrupted and can be resumed.
+def train(run: Run, writer: MetricsWriter) -> int:
+    """Runs what is left of the run; 0 when it is complete, else the signal that interrupted it: it can be resumed.
 
     `writer` from `run.open_metrics`; it and the run's checkpoints are closed at the end.
     """
@@ -82,15 +82,15 @@ def train(run: Run, writer: MetricsWriter) -> bool:
             params = _run_grpo(run, writer, params, stop)
             evaluate(run, params, "after")
             run.export(params)
-    except Interrupted:
-        return False
+    except Interrupted as interrupted:
+        return interrupted.args[0]
     finally:
         run.store.close()
         writer.close()
         _note_session(run, time.monotonic() - run.started)
     write_summary(run)
     write_report(run.workdir, run.workdir / "report.html")
-    return True
+    return 0
 
 
 def stream(run: Run, name: str, records: Sequence[Record], batch_size: int, start: int) -> Iterator[list[Record]]:
@@ -231,7 +231,7 @@ def _save_or_stop(
         run.store.save(stage, step, state)
     if stop.requested:
         progress.close()
-        raise Interrupted
+        raise Interrupted(stop.requested)
 
 
 def run_greedy(run: Run, params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:

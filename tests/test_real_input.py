@@ -102,7 +102,7 @@ def test_real_input_trains_resumes_and_exports(tied, tmp_path):
     )
     first = build(config, tmp_path / "run")
     with jax.set_mesh(first.mesh):
-        assert train.train(first, run_lib.open_metrics(first))
+        assert train.train(first, run_lib.open_metrics(first)) == 0
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
 
@@ -114,7 +114,7 @@ def test_real_input_trains_resumes_and_exports(tied, tmp_path):
         path.rename(tmp_path / gone.replace("/", "_"))
     second = build(config, tmp_path / "run")
     with jax.set_mesh(second.mesh):
-        assert train.train(second, run_lib.open_metrics(second))
+        assert train.train(second, run_lib.open_metrics(second)) == 0
     without_times = [
         [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in text.splitlines()]
         for text in (finished, (tmp_path / "run" / "metrics.jsonl").read_text())

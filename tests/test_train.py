@@ -64,7 +64,7 @@ def cache_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache_folder):
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert run_once(toy_config(cache_folder), workdir)
+    assert run_once(toy_config(cache_folder), workdir) == 0
     return workdir
 
 
@@ -103,14 +103,14 @@ def test_rows_hold_what_recomputes_their_reward(finished, cache_folder):
 
 
 def test_the_same_seed_gives_the_same_digits(finished, cache_folder, tmp_path):
-    assert run_once(toy_config(cache_folder), tmp_path / "again")
+    assert run_once(toy_config(cache_folder), tmp_path / "again") == 0
     assert metrics_of(tmp_path / "again") == metrics_of(finished)
     after = [(folder / "evaluation" / "after.json").read_text() for folder in (tmp_path / "again", finished)]
     assert after[0] == after[1]
 
 
-@pytest.mark.parametrize("stage", ["cold_start", "grpo"])
-def test_ctrl_c_saves_and_the_same_command_goes_on(stage, finished, cache_folder, tmp_path):
+@pytest.mark.parametrize(("stage", "number"), [("cold_start", signal.SIGINT), ("grpo", signal.SIGTERM)])
+def test_a_signal_saves_and_the_same_command_goes_on(stage, number, finished, cache_folder, tmp_path):
     config, workdir = toy_config(cache_folder), tmp_path / "run"
 
     def interrupt_in_stage():
@@ -118,16 +118,16 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(stage, finished, cache_folder
         while time.monotonic() < deadline:
             written = (workdir / "metrics.jsonl").read_text() if (workdir / "metrics.jsonl").is_file() else ""
             if f'"stage": "{stage}", "step": 1,' in written:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
                 return
             time.sleep(0.005)
 
     watcher = threading.Thread(target=interrupt_in_stage)
     watcher.start()
-    assert not run_once(config, workdir)
+    assert run_once(config, workdir) == number
     watcher.join()
     assert not (workdir / "summary.json").exists()
-    assert run_once(config, workdir)
+    assert run_once(config, workdir) == 0
     assert metrics_of(workdir) == metrics_of(finished)
     assert len((workdir / "sessions.jsonl").read_text().splitlines()) == 2
 
