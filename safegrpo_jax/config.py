@@ -260,6 +260,11 @@ def validate(config: Config) -> None:
         raise ValueError(f"config.model.compute_dtype={config.model.compute_dtype!r}: use 'float32' or 'bfloat16'")
     if bool(config.loss.replay_weight) != bool(config.train.replay_batch):
         raise ValueError("config.loss.replay_weight and config.train.replay_batch go together: set both, or neither")
+    if config.rewards.overlong_buffer > config.sampling.max_new_tokens:
+        raise ValueError(
+            f"config.rewards.overlong_buffer={config.rewards.overlong_buffer} exceeds sampling.max_new_tokens="
+            f"{config.sampling.max_new_tokens}, of which it is a part; make it smaller"
+        )
     if config.processor.completion_buckets[-1] < config.sampling.max_new_tokens:
         raise ValueError(
             f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} exceeds the largest of "
