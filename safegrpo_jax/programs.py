@@ -15,16 +15,26 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.config import Config
-from safegrpo_jax.grpo.advantages import group_advantages
+from safegrpo_jax.grpo.advantages import group_advantages, per_rule_advantages, spread_over_spans
 from safegrpo_jax.grpo.logps import token_logps
 from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
 from safegrpo_jax.grpo.update import update_policy, update_supervised
 from safegrpo_jax.models import qwen_vl
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
-from safegrpo_jax.rewards.compose import compute_rewards, repeat_labels, reward_metrics
+from safegrpo_jax.rewards import spans as reward_spans
+from safegrpo_jax.rewards.compose import (
+    compute_rewards,
+    credited_spans,
+    disagreement,
+    mean_of_tagged,
+    repeat_labels,
+    reward_metrics,
+    reward_parts,
+    shape_by_length,
+)
 from safegrpo_jax.sampling.decode import ModelFunctions
 from safegrpo_jax.sampling.rollout import SamplingConfig, generate
 from safegrpo_jax.sft import SupervisedConfig
@@ -164,12 +174,16 @@ def build_programs(
     banned_ids_mask: Bool[Array, "v"],
     stop_ids: tuple[int, ...],
     reward_tables: ArrayTree,
+    other_reward_tables: ArrayTree,
 ) -> Programs:
-    """Builds (but does not yet compile) every program of the run."""
+    """Builds (but does not yet compile) every program of the run.
+
+    `other_reward_tables` are those of the rule set that is not used: the metrics say how often the two disagree.
+    """
     abstract = jax.eval_shape(lambda key: qwen_vl.init_params(model, key), jax.random.key(0))
     shardings = param_shardings(abstract, mesh, config=config.sharding)
     replicated = NamedSharding(mesh, PartitionSpec())
-    tables, banned = jax.device_put((reward_tables, banned_ids_mask), replicated)
+    tables, other_tables, banned = jax.device_put((reward_tables, other_reward_tables, banned_ids_mask), replicated)
     pretrain, cold_start, grpo = (
         _build_stage(optimizer, trainable_mask(abstract, frozen), abstract, shardings, replicated)
         for optimizer, frozen in (
@@ -195,7 +209,7 @@ def build_programs(
         generate=build_generate(config.sampling),
         generate_greedy=build_generate(greedy),
         grade=_build_grade(config),
-        score=_bind(_build_score(config, model), banned),
+        score=_bind(_build_score(config, model), banned, other_tables),
         update=_bind(_build_update(config, model, grpo, replicated), banned),
         supervised={
             "pretrain": _bind(_build_supervised(config, config.pretrain, model, pretrain, replicated), banned),
@@ -277,10 +291,13 @@ def _build_update(config: Config, model: QwenVLConfig, stage: _Stage, replicated
 
 
 def _build_score(config: Config, model: QwenVLConfig) -> Callable:
-    def score(reference_params, prompts, rollouts, banned):
+    def score(reference_params, prompts, rollouts, banned, other_tables):
         labels = repeat_labels(prompts.labels, config.sampling.group_size)
-        rewards = compute_rewards(rollouts.spans, labels, config.rewards)
-        advantages, stats = group_advantages(rewards.total, config.sampling.group_size, config.advantages)
+        plain = compute_rewards(rollouts.spans, labels, config.rewards)
+        rewards = shape_by_length(
+            plain, labels, rollouts.completion_len, config.sampling.max_new_tokens, config.rewards
+        )
+        advantages, stats = _advantages(rewards, rollouts, labels, config)
         reference_logps = jnp.zeros_like(rollouts.behavior_logps)
         if config.loss.kl_estimator != "none":  # without a KL term the reference pass is not computed at all
             logps_fn = make_logps_fn(model, banned, config.sampling.temperature, config.model.logits_chunk, True)
@@ -291,11 +308,42 @@ def _build_score(config: Config, model: QwenVLConfig) -> Callable:
             completion_mask=rollouts.completion_mask,
             behavior_logps=rollouts.behavior_logps,
             reference_logps=reference_logps,
-            advantages=advantages[:, None] * rollouts.completion_mask,
+            advantages=advantages * rollouts.completion_mask,
         )
-        return experience, rewards, stats | reward_metrics(rewards, labels) | rollout_metrics(rollouts)
+        stats |= reward_metrics(rewards, labels) | rollout_metrics(rollouts)
+        return experience, rewards, stats | _rule_set_metrics(plain, rollouts, labels, other_tables, config)
 
     return jax.jit(score)
+
+
+def _advantages(
+    rewards: Rewards, rollouts: Rollouts, labels: Labels, config: Config
+) -> tuple[Float[Array, "n c"], Metrics]:
+    """Advantages of all tokens as the config asks for, and their statistics (spreads are those of the total)."""
+    settings, group = config.advantages, config.sampling.group_size
+    advantages, stats = group_advantages(rewards.total, group, settings)
+    if settings.normalize == "per_rule":
+        weights, values = zip(*reward_parts(rewards.rules, config.rewards).values(), strict=True)
+        advantages = per_rule_advantages(values, weights, group, settings)
+        stats |= {"advantage/abs_max": jnp.max(jnp.abs(advantages)), "advantage/std": jnp.std(advantages)}
+    if settings.credit == "completion":
+        return advantages[:, None], stats
+    spans = credited_spans(rewards, rollouts.spans, labels, config.rewards)
+    num_tokens = rollouts.completion_ids.shape[1]
+    return spread_over_spans(advantages, *spans, num_tokens, group, settings), stats
+
+
+def _rule_set_metrics(
+    rewards: Rewards, rollouts: Rollouts, labels: Labels, other_tables: ArrayTree, config: Config
+) -> Metrics:
+    """How often the other rule set would have rewarded otherwise, and its mean reward."""
+    other_config = dataclasses.replace(config.rewards, rule_set=config.rewards.other_rule_set)
+    found = reward_spans.scan(other_tables, rollouts.completion_ids, rollouts.completion_mask)
+    other = compute_rewards(found, labels, other_config)
+    return {
+        "reward/rule_set_disagreement": disagreement(rewards, other, labels),
+        f"reward/total_mean_under_{config.rewards.other_rule_set}": mean_of_tagged(other.total, labels),
+    }
 
 
 def _build_grade(config: Config) -> Callable:
