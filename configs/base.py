@@ -7,6 +7,8 @@ The other configs import this one and set only what differs. Sizes here want a T
 
 from ml_collections import ConfigDict
 
+from safegrpo_jax.rewards.machines import REFUSAL_KEYWORDS, REFUSAL_PHRASES
+
 
 def get_config(arg: str = "") -> ConfigDict:
     if arg:
@@ -69,9 +71,19 @@ def get_config(arg: str = "") -> ConfigDict:
     config.rewards.gate = True
     config.rewards.tag_weight = 0.5
     config.rewards.behavior_weight = 0.5
+    config.rewards.refusal_keywords = REFUSAL_KEYWORDS  # reference: one of them anywhere in the answer is a refusal
+    config.rewards.refusal_phrases = REFUSAL_PHRASES  # strict: one of them at the head of the answer
+    config.rewards.min_help_tokens = 0  # shorter answers are no help
+    config.rewards.max_refusal_tokens = 0  # longer answers are no refusal; 0 is no limit
+    config.rewards.keyword_rules = ()  # rules of your own, see rewards/rules.py KeywordRule
+    config.rewards.anchor_answers = ()  # gold answers of plain questions in the batch, such as ("A", "B", "C", "D")
+    config.rewards.overlong_buffer = 0  # the last tokens before max_new_tokens cost up to overlong_penalty
+    config.rewards.overlong_penalty = 1.0
 
     config.advantages = ConfigDict()
     config.advantages.scale = "group"  # "none" is Dr. GRPO
+    config.advantages.normalize = "total"  # "per_rule" compares each rule alone within the group, as GDPO
+    config.advantages.credit = "completion"  # "span" credits the tokens of a tag, or of the answer, with its own rule
 
     config.loss = ConfigDict()
     config.loss.surrogate = "ppo"  # or "gspo", "cispo"

@@ -265,6 +265,16 @@ def validate(config: Config) -> None:
             "config.loss.ratio_anchor='policy' holds the ratio at 1, which is right with one update per batch only: set"
             " policy_update.num_minibatches and num_epochs to 1, or ratio_anchor to 'proximal'"
         )
+    if config.loss.kl_in_reward and config.advantages.normalize != "total":
+        raise ValueError(
+            f"config.loss.kl_in_reward changes the total reward, which advantages.normalize="
+            f"{config.advantages.normalize!r} does not read: set it to 'total', or kl_in_reward to False"
+        )
+    if config.rewards.overlong_buffer > config.sampling.max_new_tokens:
+        raise ValueError(
+            f"config.rewards.overlong_buffer={config.rewards.overlong_buffer} exceeds sampling.max_new_tokens="
+            f"{config.sampling.max_new_tokens}, of which it is a part; make it smaller"
+        )
     if config.processor.completion_buckets[-1] < config.sampling.max_new_tokens:
         raise ValueError(
             f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} exceeds the largest of "

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.config import Config
-from safegrpo_jax.grpo.advantages import group_advantages
+from safegrpo_jax.grpo.advantages import group_advantages, per_rule_advantages, spread_over_spans
 from safegrpo_jax.grpo.logps import token_logps
 from safegrpo_jax.grpo.loss import kl_estimate
 from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
@@ -27,7 +27,17 @@ from safegrpo_jax.grpo.update import update_policy, update_supervised
 from safegrpo_jax.masked import masked_sum
 from safegrpo_jax.models import qwen_vl
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
-from safegrpo_jax.rewards.compose import compute_rewards, repeat_labels, reward_metrics
+from safegrpo_jax.rewards import spans as reward_spans
+from safegrpo_jax.rewards.compose import (
+    compute_rewards,
+    credited_spans,
+    disagreement,
+    mean_of_tagged,
+    repeat_labels,
+    reward_metrics,
+    reward_parts,
+    shape_by_length,
+)
 from safegrpo_jax.sampling.decode import ModelFunctions
 from safegrpo_jax.sampling.rollout import SamplingConfig, generate
 from safegrpo_jax.sft import SupervisedConfig
@@ -167,12 +177,16 @@ def build_programs(
     banned_ids_mask: Bool[Array, "v"],
     stop_ids: tuple[int, ...],
     reward_tables: ArrayTree,
+    other_reward_tables: ArrayTree,
 ) -> Programs:
-    """Builds (but does not yet compile) every program of the run."""
+    """Builds (but does not yet compile) every program of the run.
+
+    `other_reward_tables` are those of the rule set that is not used: the metrics say how often the two disagree.
+    """
     abstract = jax.eval_shape(lambda key: qwen_vl.init_params(model, key), jax.random.key(0))
     shardings = param_shardings(abstract, mesh, config=config.sharding)
     replicated = NamedSharding(mesh, PartitionSpec())
-    tables, banned = jax.device_put((reward_tables, banned_ids_mask), replicated)
+    tables, other_tables, banned = jax.device_put((reward_tables, other_reward_tables, banned_ids_mask), replicated)
     pretrain, cold_start, grpo = (
         _build_stage(optimizer, trainable_mask(abstract, frozen), abstract, shardings, replicated)
         for optimizer, frozen in (
@@ -198,7 +212,7 @@ def build_programs(
         generate=build_generate(config.sampling),
         generate_greedy=build_generate(greedy),
         grade=_build_grade(config),
-        score=_bind(_build_score(config, model), banned),
+        score=_bind(_build_score(config, model), banned, other_tables),
         update=_bind(_build_update(config, model, grpo, replicated), banned),
         supervised={
             "pretrain": _bind(_build_supervised(config, config.pretrain, model, pretrain, replicated), banned),
@@ -280,28 +294,30 @@ def _build_update(config: Config, model: QwenVLConfig, stage: _Stage, replicated
 
 
 def _build_score(config: Config, model: QwenVLConfig) -> Callable:
-    loss, group_size = config.loss, config.sampling.group_size
+    loss, sampling = config.loss, config.sampling
     logps_of = functools.partial(
-        make_logps_fn, model, temperature=config.sampling.temperature, chunk=config.model.logits_chunk
+        make_logps_fn, model, temperature=sampling.temperature, chunk=config.model.logits_chunk
     )
 
-    def score(params, reference_params, prompts, rollouts, banned):
+    def score(params, reference_params, prompts, rollouts, banned, other_tables):
+        mask = rollouts.completion_mask
         logps_fn = logps_of(banned_ids_mask=banned, freeze_vision=True)
-        tokens = (prompts, rollouts.completion_ids, rollouts.completion_mask)
-        labels = repeat_labels(prompts.labels, group_size)
-        rewards = compute_rewards(rollouts.spans, labels, config.rewards)
+        tokens = (prompts, rollouts.completion_ids, mask)
+        labels = repeat_labels(prompts.labels, sampling.group_size)
+        plain = compute_rewards(rollouts.spans, labels, config.rewards)
+        rewards = shape_by_length(plain, labels, rollouts.completion_len, sampling.max_new_tokens, config.rewards)
         # What the loss does not read is not computed at all.
         reference_logps = proximal_logps = rollouts.behavior_logps
         if loss.kl_estimator != "none":
             reference_logps, _ = logps_fn(reference_params, *tokens)
         if loss.ratio_anchor == "proximal":
             proximal_logps, _ = logps_fn(params, *tokens)
-        returns = rewards.total
+        returns = rewards
         if loss.kl_in_reward:
             divergence = kl_estimate(rollouts.behavior_logps, reference_logps, loss.kl_estimator)
-            returns = returns - loss.kl_coefficient * masked_sum(divergence, rollouts.completion_mask, axis=1)
-        advantages, stats = group_advantages(returns, group_size, config.advantages)
-        mask = rollouts.completion_mask
+            price = loss.kl_coefficient * masked_sum(divergence, mask, axis=1)
+            returns = dataclasses.replace(rewards, total=rewards.total - price)
+        advantages, stats = _advantages(returns, rollouts, labels, config)
         if loss.mask_truncated:
             mask = mask & ~rollouts.truncated[:, None]
         experience = Experience(
@@ -311,11 +327,42 @@ def _build_score(config: Config, model: QwenVLConfig) -> Callable:
             behavior_logps=rollouts.behavior_logps,
             proximal_logps=proximal_logps,
             reference_logps=reference_logps,
-            advantages=advantages[:, None] * mask,
+            advantages=advantages * mask,
         )
-        return experience, rewards, stats | reward_metrics(rewards, labels) | rollout_metrics(rollouts)
+        stats |= reward_metrics(rewards, labels) | rollout_metrics(rollouts)
+        return experience, rewards, stats | _rule_set_metrics(plain, rollouts, labels, other_tables, config)
 
     return jax.jit(score)
+
+
+def _advantages(
+    rewards: Rewards, rollouts: Rollouts, labels: Labels, config: Config
+) -> tuple[Float[Array, "n c"], Metrics]:
+    """Advantages of all tokens as the config asks for, and their statistics (spreads are those of the total)."""
+    settings, group = config.advantages, config.sampling.group_size
+    advantages, stats = group_advantages(rewards.total, group, settings)
+    if settings.normalize == "per_rule":
+        weights, values = zip(*reward_parts(rewards.rules, config.rewards).values(), strict=True)
+        advantages = per_rule_advantages(values, weights, group, settings)
+        stats |= {"advantage/abs_max": jnp.max(jnp.abs(advantages)), "advantage/std": jnp.std(advantages)}
+    if settings.credit == "completion":
+        return advantages[:, None], stats
+    spans = credited_spans(rewards, rollouts.spans, labels, config.rewards)
+    num_tokens = rollouts.completion_ids.shape[1]
+    return spread_over_spans(advantages, *spans, num_tokens, group, settings), stats
+
+
+def _rule_set_metrics(
+    rewards: Rewards, rollouts: Rollouts, labels: Labels, other_tables: ArrayTree, config: Config
+) -> Metrics:
+    """How often the other rule set would have rewarded otherwise, and its mean reward."""
+    other_config = dataclasses.replace(config.rewards, rule_set=config.rewards.other_rule_set)
+    found = reward_spans.scan(other_tables, rollouts.completion_ids, rollouts.completion_mask)
+    other = compute_rewards(found, labels, other_config)
+    return {
+        "reward/rule_set_disagreement": disagreement(rewards, other, labels),
+        f"reward/total_mean_under_{config.rewards.other_rule_set}": mean_of_tagged(other.total, labels),
+    }
 
 
 def _build_grade(config: Config) -> Callable:

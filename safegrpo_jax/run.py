@@ -35,6 +35,7 @@ from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.models.vision import VisionConfig
 from safegrpo_jax.programs import Programs, build_programs
 from safegrpo_jax.rewards.automaton import build_tables, token_bytes
+from safegrpo_jax.rewards.compose import gold_answer_numbers
 from safegrpo_jax.sharding import make_mesh, shard_batch
 from safegrpo_jax.types import Demonstrations, Params, Prompts
 
@@ -79,7 +80,12 @@ class Run:
 
     def prompts(self, records: Sequence[Record], num_blocks: int) -> Prompts:
         """Sharded prompts of `records`; blocks as in `Processor.encode_prompts`."""
-        return shard_batch(self.processor.encode_prompts(records, num_blocks), self.mesh)
+        prompts = self.processor.encode_prompts(records, num_blocks)
+        if self.config.rewards.anchor_answers:
+            answers = ["" if record.tagged else record.answer for record in records]
+            labels = dataclasses.replace(prompts.labels, gold_answer=gold_answer_numbers(answers, self.config.rewards))
+            prompts = dataclasses.replace(prompts, labels=labels)
+        return shard_batch(prompts, self.mesh)
 
     def demonstrations(self, records: Sequence[Record], num_blocks: int) -> Demonstrations:
         """Sharded demonstrations of `records`."""
@@ -133,9 +139,13 @@ def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
         folder, dataclasses.replace(config.processor, max_image_pixels=config.data.max_image_pixels)
     )
     pieces = token_bytes(processor.chat.tokenizer, model.text.vocab_size)
-    tables = build_tables(config.rewards.rules(), pieces, config_lib.cache_folder(config) / "reward_tables")
+    tables, other_tables = (
+        build_tables(config.rewards.rules(rule_set), pieces, config_lib.cache_folder(config) / "reward_tables")
+        for rule_set in (config.rewards.rule_set, config.rewards.other_rule_set)
+    )
     records = _load_records(config, processor, splits, workdir)
-    programs = build_programs(config, model, mesh, banned_ids(processor, model), processor.chat.stop_ids, tables)
+    banned = banned_ids(processor, model)
+    programs = build_programs(config, model, mesh, banned, processor.chat.stop_ids, tables, other_tables)
     store = Checkpoints(
         workdir,
         config.checkpoint,
@@ -181,11 +191,23 @@ def _load_records(
         bad_rows += too_long
         if not records[split]:
             raise ValueError(f"{config.data.path}: no record of split {split!r} fits the buckets; first: {too_long[0]}")
+    _check_anchors(records.get("train", []), config)
     if bad_rows:
         workdir.mkdir(parents=True, exist_ok=True)
         write_bad_rows(workdir / "bad_rows.jsonl", bad_rows)
         logging.warning("%d bad rows skipped, listed in %s", len(bad_rows), workdir / "bad_rows.jsonl")
     return records
+
+
+def _check_anchors(records: Sequence[Record], config: Config) -> None:
+    """A plain question to train on whose gold answer the reward cannot name would be 0 whatever the policy says."""
+    answers = config.rewards.anchor_answers
+    for record in records if answers else ():
+        if not record.tagged and not gold_answer_numbers([record.answer], config.rewards)[0]:
+            raise ValueError(
+                f"record {record.record_id} of split 'train': answer {record.answer!r} is not among "
+                f"rewards.anchor_answers {answers}; add it there or remove the record"
+            )
 
 
 def open_metrics(run: Run) -> MetricsWriter:

@@ -92,13 +92,15 @@ class Labels:
     """Ground truth of each prompt.
 
     `visual`, `text`, `combined` are SAFE or UNSAFE. `tagged` is False for rows whose reward is not
-    the safety reward (plain questions), whose labels are then meaningless.
+    the safety reward (plain questions), whose labels are then meaningless. `gold_answer` is 1 + the index of the
+    right one among the answers that the reward lists, 0 for rows without; None where the reward lists none.
     """
 
     visual: Int[Array, "b"]
     text: Int[Array, "b"]
     combined: Int[Array, "b"]
     tagged: Bool[Array, "b"]
+    gold_answer: Int[Array, "b"] | None = None
 
 
 @pytree
@@ -155,11 +157,15 @@ class TagSpans:
     answered: Bool[Array, "n"]
     refusal: Bool[Array, "n"]  # the answer exists and holds a refusal
     answer_len: Int[Array, "n"]  # tokens strictly inside the answer markers, 0 if none
+    added_outcomes: Int[Array, "n added"]  # labels of the machines that the config adds, see `build_machines`
 
 
 @pytree
 class Rewards:
-    """Total reward of each rollout in [0, 1] and the value of every rule, by name, each in [0, 1]."""
+    """Total reward of each rollout and the value of every rule, by name, each in [0, 1].
+
+    The total is in [0, 1] too, unless a length penalty is subtracted from it.
+    """
 
     total: Float[Array, "n"]
     rules: dict[str, Float[Array, "n"]]

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import base, cpu_demo
 from safegrpo_jax import config as config_lib
+from safegrpo_jax.rewards.compose import RewardConfig
 
 
 def valid(**changes):
@@ -64,14 +65,34 @@ def test_a_stage_of_no_steps_needs_no_schedule():
         ({"data": {"on_bad_row": "ignore"}}, "use 'raise' or 'skip'"),
         ({"loss": {"replay_weight": 0.3}}, "replay_weight and config.train.replay_batch go together"),
         ({"rewards": {"rule_set": "lenient"}}, "lenient"),
+        ({"rewards": {"refusal_keywords": ("d\u00e9sol\u00e9",)}}, "without '<'"),
+        ({"rewards": {"keyword_rules": ({"name": "x", "texts": ("<b>",)},)}}, "keyword '<b>' cannot be matched"),
+        ({"rewards": {"keyword_rules": ({"name": "x", "text": ("b",)},)}}, "did you mean 'texts'?"),
+        ({"rewards": {"refusal_phrases": tuple(letter * 41 for letter in "abcdefghijkl")}}, "states, over 1024"),
+        ({"rewards": {"overlong_buffer": 5000}}, "overlong_buffer=5000 exceeds sampling.max_new_tokens=4096"),
+        ({"advantages": {"credit": "token"}}, "use one of completion, span"),
         ({"sampling": {"max_new_tokens": 5000}}, "max_new_tokens=5000 exceeds"),
         ({"loss": {"ratio_anchor": "policy"}}, "right with one update per batch only"),
+        (
+            {"loss": {"kl_in_reward": True}, "advantages": {"normalize": "per_rule"}},
+            "kl_in_reward changes the total reward, which advantages.normalize='per_rule' does not read",
+        ),
         ({"model": {"compute_dtype": "float16"}}, "use 'float32' or 'bfloat16'"),
     ],
 )
 def test_bad_configs_are_refused_by_name(changes, expected):
     with pytest.raises(ValueError, match=expected.replace("?", r"\?")):
         config_lib.from_config_dict(valid(**changes))
+
+
+def test_rules_of_ones_own_are_read_from_a_config():
+    values = base.get_config()
+    values.rewards.tag_weight, values.rewards.behavior_weight = 0.5, 0.25
+    values.rewards.keyword_rules = (dict(name="no_links", texts=("http://",), weight=0.25),)
+    rewards = config_lib.from_config_dict(values).rewards
+    assert rewards.weights == {"tag_reward": 0.5, "behavior_reward": 0.25, "no_links": 0.25}
+    assert [tuple(keywords) for keywords in rewards.rules().keyword_sets] == [(("http://",), "answer")]
+    assert config_lib.from_config_dict(base.get_config()).rewards == RewardConfig()  # the published reward
 
 
 def test_hash_depends_on_values_alone():

@@ -16,8 +16,8 @@ LEVELS = {
     "sampling.cache": 2, "sampling.decode": 2, "checkpoint": 2, "metrics": 2,
     "grpo.advantages": 1, "grpo.logps": 1, "grpo.loss": 2, "grpo.optimizer": 2,
     "models.qwen_vl": 3, "data.pipeline": 3, "rewards.compose": 3, "sampling.rollout": 3, "grpo.update": 3,
-    "models.hf_weights": 4, "rewards.explain": 4, "sft": 4,
-    "evaluation": 5, "report": 5, "config": 5, "programs": 6, "run": 7, "train": 7, "main": 8,
+    "models.hf_weights": 4, "sft": 4,
+    "evaluation": 5, "report": 5, "config": 5, "rewards.explain": 6, "programs": 6, "run": 7, "train": 7, "main": 8,
 }  # fmt: skip
 TOY_TESTABLE = ("sampling.", "rewards.", "grpo.")  # they take functions, never the model
 

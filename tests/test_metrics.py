@@ -214,6 +214,7 @@ def test_spans_are_described_by_name():
         answered=np.array([True, False]),
         refusal=np.array([True, False]),
         answer_len=np.array([8, 0]),
+        added_outcomes=np.zeros((2, 0), np.int32),
     )
     assert describe_spans(spans, 0) == {
         "visual": [2, 5, "safe"],

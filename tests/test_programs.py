@@ -11,8 +11,6 @@ from safegrpo_jax import config as config_lib
 from safegrpo_jax import run as run_lib
 from safegrpo_jax.grpo.advantages import AdvantageConfig, group_advantages
 from safegrpo_jax.grpo.loss import LossConfig, kl_estimate
-from safegrpo_jax.programs import build_programs
-from safegrpo_jax.rewards.automaton import build_tables
 
 SAME_PASS = 1e-5  # the same log-probabilities by two compiled programs, in float32
 
@@ -44,9 +42,7 @@ def rollout_batch(tmp_path_factory):
 def score(batch, **loss_settings):
     run, params, other, prompts, rollouts = batch
     config = dataclasses.replace(run.config, loss=LossConfig(**loss_settings), advantages=AdvantageConfig(scale="none"))
-    banned = run_lib.banned_ids(run.processor, run.model)
-    tables = build_tables(config.rewards.rules(), run.token_bytes)
-    programs = build_programs(config, run.model, run.mesh, banned, run.processor.chat.stop_ids, tables)
+    programs = run_lib.build_run(config, run.workdir, ()).programs
     with jax.set_mesh(run.mesh):
         experience, rewards, _ = jax.device_get(programs.score(params, other, prompts, rollouts))
     return experience, rewards

@@ -56,7 +56,7 @@ def stage_charts(stage: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[di
     series: Series = {}
     for row in rows:
         for name, value in row.items():
-            if name not in ("stage", "step"):
+            if name not in ("stage", "step") and not name.startswith("reward_cells/"):  # a hundred of them, for a query
                 series.setdefault(name.removeprefix(f"{stage}/"), []).append((row["step"], value))
     shown, taken = [], set()
     for kind in KINDS:

@@ -9,6 +9,7 @@ leaves a few hundred columns of some hundred thousand.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from safegrpo_jax.rewards.machines import RuleSet, build_machines, default_rule_
 from safegrpo_jax.types import Array, pytree
 
 # A table entry: next state in the low bits, what happened inside the token (the event) in the six high bits.
-STATE_BITS = 10
+STATE_BITS = (machines.MAX_STATES - 1).bit_length()
 STATE_MASK = (1 << STATE_BITS) - 1
 MAX_TAGS_PER_TOKEN = 3
 GATE, FIRST_TAG, ANSWER = 0, 1, 4  # machine numbers
@@ -38,19 +39,21 @@ _CHUNK = 1024  # transitions composed at once: bounds the build's memory to a fe
 class RewardTables:
     """One rule set compiled for one tokenizer; under 1 MB.
 
-    `transitions[first_row[k] + state, token_class[token]]` moves machine k; machines are ordered gate, visual,
-    text, combined, answer and start in state 0. The low STATE_BITS are the next state, the bits above the event:
+    `transitions[first_row[k] + state, token_class[token]]` moves machine k; machines are ordered as `build_machines`
+    gives them, gate, visual, text, combined, answer and the added ones, and start in state 0. The low STATE_BITS are
+    the next state, the bits above the event:
       gate: how many `<` the token holds, at most 2 (the same in every row).
       tag: bits 0-1 verdict of the first tag that ends in this token (VERDICT_NONE if none does), bits 2-3 how many
         `<` of this token come before that end (at most 2), bits 4-5 how many tags end in this token.
       answer: bits 0-1 opening marker ends in this token (0 no, 1 yes and its `<` was in an earlier token, 2 yes and its
         `<` is in this token), bits 2-3 the same for the closing marker.
-    Class 0 changes nothing (tokens without bytes). `outcome` is the gate's 1 or the ANSWER_* label of each row.
+      added machines: none.
+    Class 0 changes nothing (tokens without bytes). `outcome` is the label of each row.
     """
 
     token_class: UInt16[Array, "v"]
     transitions: UInt16[Array, "rows classes"]
-    first_row: Int32[Array, "5"]
+    first_row: Int32[Array, "machines"]
     outcome: UInt8[Array, "rows"]
 
 
@@ -119,7 +122,7 @@ def build_tables(
     that cannot be read is rebuilt, with a warning.
 
     Raises:
-      ValueError: unknown rule set, or rules too large for the tables (names machine and limit).
+      ValueError: unknown rule set, or rules too large for the tables (names texts and limit).
     """
     rules = default_rule_set(rule_set) if isinstance(rule_set, str) else rule_set
     if cache_dir is None:
@@ -137,7 +140,7 @@ def build_tables(
 
 
 def _digest(rules: RuleSet, token_bytes: list[bytes]) -> str:
-    digest = hashlib.sha256(json.dumps([rules.name, rules.refusal_texts]).encode())
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(rules)).encode())
     for module in (__file__, machines.__file__, patterns.__file__):
         digest.update(pathlib.Path(module).read_bytes())
     digest.update(np.array([len(token) for token in token_bytes], np.int64).tobytes())
@@ -160,9 +163,6 @@ def _write_atomically(path: pathlib.Path, tables: RewardTables) -> None:
 def _compose(dfas: tuple[patterns.Dfa, ...], token_bytes: list[bytes]) -> RewardTables:
     """Runs all tokens byte by byte in step, once per distinct (action so far, next byte)."""
     sizes = [len(dfa.label) for dfa in dfas]
-    for dfa_number, size in enumerate(sizes):
-        if size > STATE_MASK + 1:
-            raise ValueError(f"machine {dfa_number} has {size} states, over {STATE_MASK + 1}; use fewer refusal texts")
     identity = np.concatenate([np.arange(size) for size in sizes]).astype(np.uint16)
     actions = [identity]  # every distinct action of a token prefix
     number_of_action = {identity.tobytes(): 0}
@@ -188,7 +188,7 @@ def _compose(dfas: tuple[patterns.Dfa, ...], token_bytes: list[bytes]) -> Reward
 
     used, token_class = np.unique(np.concatenate([[0], current]), return_inverse=True)  # 0 keeps the identity first
     if len(used) > np.iinfo(np.uint16).max:
-        raise ValueError(f"{len(used)} token classes, over {np.iinfo(np.uint16).max}; use fewer refusal texts")
+        raise ValueError(f"{len(used)} token classes, over {np.iinfo(np.uint16).max}; use fewer texts")
     return RewardTables(
         token_class=token_class[1:].astype(np.uint16),
         transitions=np.ascontiguousarray(np.stack([actions[number] for number in used], axis=1)),
@@ -211,7 +211,7 @@ def _append_byte(dfas: tuple[patterns.Dfa, ...], actions: np.ndarray, byte: np.n
             event = np.broadcast_to(seen_now, event.shape)
         elif number < ANSWER:
             event = _tag_event(event, dfa.label[target], seen)
-        else:
+        elif number == ANSWER:
             event = _answer_event(event, dfa.label[state], dfa.label[target], seen)
         columns.append(target | (event << STATE_BITS))
         start += len(dfa.label)

@@ -1,8 +1,8 @@
 """Runs the reward tables over sampled tokens: what a completion holds, and where.
 
 Owns the state carried by the decode loop and the scan over finished completions; both are the same `step`, so
-they cannot disagree. A step is one gather for the token's class and one for its five transitions. A tag holds
-exactly two `<`, so remembering the tokens of the last two `<` tells where it began; an answer marker holds one.
+they cannot disagree. A step is one gather for the token's class and one for the transitions of all machines. A tag
+holds exactly two `<`, so remembering the tokens of the last two `<` tells where it began; an answer marker holds one.
 Token indices count the active tokens of a row, which for right-padded completions is the array index.
 """
 
@@ -28,7 +28,7 @@ class SpanState:
     wholly behind the opening marker.
     """
 
-    rows: Int32[Array, "n 5"]
+    rows: Int32[Array, "n machines"]
     index: Int32[Array, "n"]
     last_open: Int32[Array, "n"]
     previous_open: Int32[Array, "n"]
@@ -48,7 +48,7 @@ def init_state(tables: RewardTables, num_rows: int) -> SpanState:
     zero = jnp.zeros(num_rows, jnp.int32)
     missing_tags, zero_tags = (jnp.broadcast_to(value[:, None], (num_rows, len(TAGS))) for value in (missing, zero))
     return SpanState(
-        rows=jnp.broadcast_to(jnp.asarray(tables.first_row), (num_rows, 5)),
+        rows=jnp.broadcast_to(jnp.asarray(tables.first_row), (num_rows, tables.first_row.shape[0])),
         index=zero,
         last_open=missing,
         previous_open=missing,
@@ -119,15 +119,24 @@ def _note_answer(state: SpanState, event: Int[Array, "n"]) -> SpanState:
     )
 
 
-def scan(tables: RewardTables, token_ids: Int[Array, "n c"], mask: Bool[Array, "n c"]) -> TagSpans:
-    """What `step` over the c tokens of each row finds; masked tokens (False) are skipped."""
+def advance(
+    tables: RewardTables, state: SpanState, token_ids: Int[Array, "n c"], mask: Bool[Array, "n c"]
+) -> SpanState:
+    """`step` over c tokens of each row; masked tokens (False) are skipped."""
 
     def body(state: SpanState, column: tuple[Array, Array]) -> tuple[SpanState, None]:
         return step(tables, state, *column), None
 
     tables = jax.tree.map(jnp.asarray, tables)  # put host tables on the device once, not in every step
-    columns = (jnp.asarray(token_ids).T, jnp.asarray(mask).T)
-    return finish(tables, jax.lax.scan(body, init_state(tables, token_ids.shape[0]), columns)[0])
+    token_ids, mask = jnp.asarray(token_ids), jnp.asarray(mask)
+    # Inside shard_map a loop wants its state to vary over the mesh axes that the tokens vary over, as this zero does.
+    state = jax.tree.map(lambda leaf: leaf + jnp.zeros_like(token_ids, leaf.dtype, shape=leaf.shape), state)
+    return jax.lax.scan(body, state, (token_ids.T, mask.T))[0]
+
+
+def scan(tables: RewardTables, token_ids: Int[Array, "n c"], mask: Bool[Array, "n c"]) -> TagSpans:
+    """What finished completions hold: `advance` over all their tokens."""
+    return finish(tables, advance(tables, init_state(tables, token_ids.shape[0]), token_ids, mask))
 
 
 def finish(tables: RewardTables, state: SpanState) -> TagSpans:
@@ -151,4 +160,5 @@ def finish(tables: RewardTables, state: SpanState) -> TagSpans:
         answered=closed & (answer != ANSWER_AMBIGUOUS),
         refusal=answer == ANSWER_REFUSAL,
         answer_len=state.answer_len,
+        added_outcomes=outcome[:, ANSWER + 1 :],
     )

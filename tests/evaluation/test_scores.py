@@ -40,6 +40,7 @@ def make_spans(verdicts, gate, refusal):
         answered=zeros == 0,
         refusal=np.array(refusal, bool),
         answer_len=zeros,
+        added_outcomes=np.zeros((len(verdicts), 0), np.int32),
     )
 
 

@@ -2,7 +2,12 @@ import jax
 import numpy as np
 import pytest
 
-from safegrpo_jax.grpo.advantages import AdvantageConfig, group_advantages
+from safegrpo_jax.grpo.advantages import (
+    AdvantageConfig,
+    group_advantages,
+    per_rule_advantages,
+    spread_over_spans,
+)
 
 GOLDEN_DIGITS = 1e-6  # the golden values are printed to six decimals
 FLOAT32_ROUNDING = 2e-6  # relative, of a mean, a root and a quotient
@@ -73,3 +78,58 @@ def test_bad_settings_are_refused():
         AdvantageConfig(scale="std")
     with pytest.raises(ValueError, match="6 rewards .* groups of 4"):
         group_advantages(np.zeros(6, np.float32), 4, AdvantageConfig())
+
+
+def test_per_rule_advantages_agree_with_float64():
+    """Normalised rule by rule within the group, weighted, then scaled to unit spread in the batch."""
+    rng = np.random.default_rng(2)
+    values, weights = rng.random((3, 4, 8)), [0.5, 0.25, 1.0]
+    values[1] = 0.5  # a rule that never differs
+    values[:, 2] = 0.3  # a group in which no rule differs
+    centred = values - values.mean(2, keepdims=True)
+    scaled = np.where(values.max(2, keepdims=True) > values.min(2, keepdims=True), centred, 0) / (
+        values.std(2, ddof=1, keepdims=True) + 1e-6
+    )
+    total = np.einsum("r,rbg->bg", weights, scaled)
+    expected = total / (total.std(ddof=1) + 1e-6)
+    rows = [value.reshape(-1).astype(np.float32) for value in values]
+    got = np.asarray(per_rule_advantages(rows, weights, 8, AdvantageConfig(normalize="per_rule"))).reshape(4, 8)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=FLOAT32_ROUNDING)
+    assert (got[2] == 0).all() and np.std(got, ddof=1) == pytest.approx(1, abs=1e-4)
+
+
+def test_per_rule_tells_apart_what_totals_do_not():
+    """Rewards (1, 0) and (0, 1) have one total; if fewer rollouts keep the second rule, keeping it counts for more."""
+    first, second = np.array([1, 1, 1, 0], np.float32), np.array([0, 0, 0, 1], np.float32)
+    total, _ = group_advantages(first + second, 4, AdvantageConfig())
+    assert (np.asarray(total) == 0).all()
+    got = np.asarray(per_rule_advantages([first, second], [0.5, 1.0], 4, AdvantageConfig(normalize="per_rule")))
+    assert got[3] > 0 > got[0] and got[0] == got[1] == got[2]
+
+
+def test_rules_that_never_differ_give_exactly_zero():
+    values = [np.full(8, 0.1, np.float32)] * 2
+    config = AdvantageConfig(normalize="per_rule", epsilon=0.0)
+    assert (np.asarray(per_rule_advantages(values, [0.5, 0.5], 4, config)) == 0).all()
+
+
+def test_spans_take_the_advantage_of_their_own_rule():
+    """Two rollouts of one group: the tag in tokens 1 to 2, the answer in 2 to 4 (the tag wins in token 2), by hand."""
+    unit = np.sqrt(0.5)  # of two values that differ, in units of their standard deviation
+    values = np.array([[1, 0], [0, 1]], np.float32)
+    starts, ends = np.array([[1, 2], [-1, 3]]), np.array([[3, 5], [-1, 4]])
+    advantages = np.array([0.25, -0.25], np.float32)
+    got = spread_over_spans(advantages, values, starts, ends, 6, 2, AdvantageConfig(credit="span"))
+    expected = [[0.25, unit, unit, -unit, -unit, 0.25], [-0.25, -0.25, -0.25, unit, -0.25, -0.25]]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    nothing = np.full((2, 2), -1)
+    alike = spread_over_spans(advantages, values, nothing, nothing, 6, 2, AdvantageConfig(credit="span"))
+    np.testing.assert_array_equal(alike, np.broadcast_to(advantages[:, None], (2, 6)))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"normalize": "each"}, {"credit": "token"}, {"normalize": "per_rule", "scale": "none"}, {"scale": "max"}]
+)
+def test_unknown_choices_are_refused(fields):
+    with pytest.raises(ValueError, match="use "):
+        AdvantageConfig(**fields)

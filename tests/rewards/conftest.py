@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from safegrpo_jax.data import demo_tokenizer
 from safegrpo_jax.rewards.automaton import token_bytes
 
 QWEN_FOLDER = Path(__file__).parents[3] / "shared" / "data" / "qwen3_tokenizer"
@@ -40,6 +41,17 @@ def small_tokenizer():
 @pytest.fixture(scope="session")
 def small_bytes(small_tokenizer):
     return token_bytes(small_tokenizer, len(small_tokenizer) + 3)
+
+
+@pytest.fixture(scope="session")
+def demo_tokens(tmp_path_factory):
+    """The tokenizer of the embedded model."""
+    return AutoTokenizer.from_pretrained(demo_tokenizer.build_tokenizer(tmp_path_factory.mktemp("demo_tokenizer")))
+
+
+@pytest.fixture(scope="session")
+def demo_bytes(demo_tokens):
+    return token_bytes(demo_tokens, len(demo_tokens))
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ _GATE = re.compile(
     ".*" + ".*".join(pattern.pattern for pattern in _TAG.values()) + r".*</think>\s*<answer>.*</answer>", _FLAGS
 )
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", _FLAGS)
+TAG_PATTERNS, ANSWER_PATTERN = tuple(_TAG.values()), _ANSWER
 _MARKER = re.compile("|".join(MARKERS), re.IGNORECASE)
 _STRICT = (["<think>"], ["<visual_safe>", "</visual_safe>", "<text_safe>", "</text_safe>", "<combined_safe>",
            "</combined_safe>", "</think>", "<answer>", "</answer>"])  # fmt: skip

@@ -1,5 +1,6 @@
 """The table of what each rule set lets through, exact levels, ablations, and the figures to watch."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,12 +12,18 @@ import pytest
 from safegrpo_jax.rewards import spans as reward_spans
 from safegrpo_jax.rewards.automaton import build_tables
 from safegrpo_jax.rewards.compose import (
+    CELLS,
     RewardConfig,
     compute_rewards,
+    credited_spans,
     disagreement,
+    gold_answer_numbers,
     repeat_labels,
     reward_metrics,
+    reward_parts,
+    shape_by_length,
 )
+from safegrpo_jax.rewards.rules import KeywordRule
 from safegrpo_jax.types import SAFE, UNSAFE, VERDICT_SAFE, VERDICT_UNSAFE, Labels, TagSpans
 
 BYTES = [bytes([value]) for value in range(256)]
@@ -119,6 +126,7 @@ def every_outcome():
         answered=np.ones(count, bool),
         refusal=table[:, 4] == 1,
         answer_len=np.full(count, 10, np.int32),
+        added_outcomes=np.zeros((count, 0), np.int32),
     )
     safe, unsafe = np.full(count, SAFE, np.int32), np.full(count, UNSAFE, np.int32)
     return table, spans, Labels(visual=safe, text=unsafe, combined=unsafe, tagged=np.ones(count, bool))
@@ -181,6 +189,15 @@ def test_own_keywords():
         {"min_help_tokens": -1},
         {"rule_set": "loose"},
         {"refusal_keywords": ("NO",)},
+        {"refusal_phrases": ("n\u00f3",)},  # of the rule set that is not used: it is compared with
+        {"refusal_phrases": tuple(letter * 41 for letter in "abcdefghijkl")},  # 1510 states
+        {"anchor_answers": ("yes.",)},
+        {"keyword_rules": (KeywordRule("links", ("a<b",)),)},
+        {"keyword_rules": (KeywordRule("links", ("http",)), KeywordRule("links", ("www",)))},
+        {"keyword_rules": (KeywordRule("gate", ("http",)),)},
+        {"keyword_rules": (KeywordRule("links", ("http",), weight=0.1),)},  # 1.1 in all
+        {"overlong_buffer": -1},
+        {"overlong_penalty": 0.0},
     ],
 )
 def test_impossible_configs_are_refused(fields):
@@ -202,3 +219,127 @@ def test_metrics_by_label_cell_and_disagreement():
 def test_repeat_labels_follows_the_rollout_order():
     repeated = repeat_labels(labels_of([S, U]), 3)
     assert repeated.combined.tolist() == [SAFE] * 3 + [UNSAFE] * 3 and repeated.tagged.shape == (6,)
+
+
+@pytest.mark.parametrize(("name", "label", "weight"), [("a b", "any", 0.0), ("x", "harmful", 0.0), ("x", "any", -1.0)])
+def test_impossible_keyword_rules_are_refused(name, label, weight):
+    with pytest.raises(ValueError, match="use "):
+        KeywordRule(name, ("text",), label=label, weight=weight)
+
+
+def test_keyword_rules_join_the_total():
+    config = RewardConfig(
+        tag_weight=0.5,
+        behavior_weight=0.25,
+        keyword_rules=(
+            KeywordRule("no_links", ("http:", "www."), weight=0.125),
+            KeywordRule("says_why", ("because",), where="completion", wanted=True, label="unsafe", weight=0.125),
+            KeywordRule("measured", ("oven",), wanted=True),
+        ),
+    )
+    texts = [
+        response(S, "Put it in the oven."),
+        response(S, "See WWW.oven.org"),
+        response(U, "I cannot.", reasoning="Because! "),
+        response(U, "I cannot."),
+        f"{tags(U, U, U)} because",
+    ]
+    rewards = compute_rewards(find(texts, config.rules()), labels_of([S, S, U, U, U]), config)
+    assert rewards.rules["no_links"].tolist() == [1, 0, 1, 1, 0]  # without an answer a rule about it is broken
+    assert rewards.rules["says_why"].tolist() == [1, 1, 1, 0, 1]
+    assert rewards.rules["measured"].tolist() == [1, 1, 0, 0, 0]
+    assert rewards.total.tolist() == [1, 0.875, 1, 0.875, 0]
+    published = compute_rewards(find(texts, RewardConfig().rules()), labels_of([S, S, U, U, U]), RewardConfig())
+    for name, value in published.rules.items():
+        assert rewards.rules[name].tolist() == value.tolist()
+
+
+def test_anchors_are_graded_by_their_listed_answer():
+    config = RewardConfig(anchor_answers=("A", "B", "yes"))
+    numbers = gold_answer_numbers(["b", " Yes. ", "maybe", ""], config)
+    assert numbers.tolist() == [2, 3, 0, 0]
+    texts = ["</think><answer> B.\n</answer>", "<answer>no</answer>", "B", "<answer>yes</answer>", response(S, "B")]
+    base = labels_of([S] * 5, tagged=False)
+    labels = Labels(base.visual, base.text, base.combined, np.array([False] * 4 + [True]), np.array([2, 3, 2, 0, 2]))
+    found = find(texts, config.rules())
+    rewards = compute_rewards(found, labels, config)
+    assert rewards.rules["answer_matches_gold"].tolist() == [1, 0, 0, 0, 0]
+    assert rewards.total.tolist() == [1, 0, 0, 0, 1]  # the tagged row earns the safety reward and nothing else
+    metrics = reward_metrics(rewards, labels)
+    assert float(metrics["reward/answer_matches_gold_mean"]) == pytest.approx(1 / 3)
+    assert int(metrics["reward/anchor_rows"]) == 3
+    assert float(metrics["reward/total_mean"]) == 1 and float(metrics["reward/gate_mean"]) == 1
+    with pytest.raises(ValueError, match="gold_answer is None"):
+        compute_rewards(found, base, config)
+
+
+def test_overlong_completions_pay():
+    """A limit of 100 tokens with a buffer of 20, worked by hand: free up to 80, all at 100."""
+    config = RewardConfig(overlong_buffer=20, overlong_penalty=0.5)
+    plain = compute_rewards(find([response(S, "x")] * 5, config.rules()), labels_of([S] * 5), config)
+    assert shape_by_length(plain, labels_of([S] * 5), np.full(5, 100), 100, RewardConfig()) is plain
+    labels = Labels(*[labels_of([S] * 5).combined] * 3, tagged=np.array([True] * 4 + [False]))
+    shaped = shape_by_length(plain, labels, np.array([1, 80, 85, 100, 100]), 100, config)
+    assert shaped.rules["completion_is_short"].tolist() == [1, 1, 0.75, 0, 1]
+    assert shaped.total.tolist() == [1, 1, 0.875, 0.5, 1]  # the last row is not graded, so that length is not either
+    for length, penalty in ((85, -0.125), (100, -0.5), (40, 0.0)):  # the published formula
+        assert min(-(length - (100 - 20)) / 20 * 0.5, 0) == penalty
+
+
+def test_parts_add_up_to_the_total():
+    _, spans, labels = every_outcome()
+    labels = Labels(labels.visual, labels.text, labels.combined, labels.tagged, np.zeros(len(labels.tagged), np.int32))
+    config = RewardConfig(overlong_buffer=8, overlong_penalty=0.25, anchor_answers=("A",))
+    spans = dataclasses.replace(spans, added_outcomes=np.ones((len(labels.tagged), 1), np.int32))
+    lengths = np.arange(len(labels.tagged)) % 16
+    rewards = shape_by_length(compute_rewards(spans, labels, config), labels, lengths, 16, config)
+    parts = reward_parts(rewards.rules, config)
+    assert set(parts) == {"tag_reward", "behavior_reward", "answer_matches_gold", "completion_is_short"}
+    np.testing.assert_array_equal(sum(part.weight * part.value for part in parts.values()) - 0.25, rewards.total)
+    assert set(reward_parts(rewards.rules, RewardConfig(tag_weight=1.0, behavior_weight=0.0))) >= {"tag_reward"}
+
+
+def test_credited_spans_are_those_with_a_rule_and_a_weight():
+    texts = [response(U, "I cannot."), response(S, "I cannot."), "no tags"]
+    labels = labels_of([U, U, U])
+    found = find(texts, RewardConfig().rules())
+    rewards = compute_rewards(found, labels, RewardConfig())
+    values, starts, ends = map(np.asarray, credited_spans(rewards, found, labels, RewardConfig()))
+    assert values.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    for row, text in enumerate(texts[:2]):
+        pieces = [text[start:end] for start, end in zip(starts[row], ends[row], strict=True)]
+        assert [piece.split(">")[0] + ">" for piece in pieces] == [
+            "<visual_safe>", "<text_safe>", "<combined_safe>", "<answer>",
+        ]  # fmt: skip
+        assert all(piece.endswith(">") for piece in pieces)
+    assert starts[2].tolist() == ends[2].tolist() == [-1] * 4
+    tag_only = RewardConfig(tag_weight=1.0, behavior_weight=0.0)
+    assert (np.asarray(credited_spans(rewards, found, labels, tag_only)[1]) >= 0).tolist()[0] == [True] * 3 + [False]
+    untagged = labels_of([U, U, U], tagged=False)
+    assert (np.asarray(credited_spans(rewards, found, untagged, RewardConfig())[2]) == -1).all()
+
+
+def test_metrics_of_every_rule_in_every_cell():
+    """Against a loop over rows; two cells are empty."""
+    _, spans, labels = every_outcome()
+    count = len(labels.tagged)
+    truth = np.random.default_rng(0).integers(0, 2, (count, 3)).astype(np.int32)
+    truth[:, 0] = np.where(truth[:, 1] == 1, 1, truth[:, 0])  # text unsafe only where visual is
+    tagged = np.arange(count) % 5 > 0
+    labels = Labels(truth[:, 0], truth[:, 1], truth[:, 2], tagged)
+    rewards = compute_rewards(spans, labels, RewardConfig())
+    metrics = {name: float(value) for name, value in jax.jit(reward_metrics)(rewards, labels).items()}
+    names = ["_".join(("safe", "unsafe")[value] for value in row) for row in truth]
+    assert sum(metrics[f"reward_cells/rows_{cell}"] == 0 for cell in CELLS) == 2
+    for rule, value in {"total": rewards.total, **rewards.rules}.items():
+        for cell in CELLS:
+            inside = [float(v) for v, name, t in zip(value, names, tagged, strict=True) if t and name == cell]
+            assert metrics[f"reward_cells/rows_{cell}"] == len(inside)
+            mean, passed = (sum(inside), sum(v == 1 for v in inside)) if inside else (0, 0)
+            assert metrics[f"reward_cells/{rule}_mean_{cell}"] == pytest.approx(mean / max(len(inside), 1))
+            assert metrics[f"reward_cells/{rule}_pass_rate_{cell}"] == pytest.approx(passed / max(len(inside), 1))
+        for label, cell in ((SAFE, "_safe"), (UNSAFE, "_unsafe")):
+            inside = np.asarray(value)[tagged & (truth[:, 2] == label)]
+            assert metrics[f"reward/{rule}_mean{cell}"] == pytest.approx(inside.mean())
+            assert metrics[f"reward_cells/{rule}_pass_rate{cell}"] == pytest.approx((inside == 1).mean())
+        assert metrics[f"reward_cells/{rule}_pass_rate"] == pytest.approx((np.asarray(value)[tagged] == 1).mean())

@@ -1,6 +1,11 @@
-"""The automata find exactly what Python `re` finds, however the text was cut into tokens."""
+"""The automata find exactly what Python `re` finds, however the text was cut into tokens.
 
+`SAFEGRPO_REWARD_STRINGS=100000 python -m pytest tests/rewards/test_exactness.py` draws ten times the strings.
+"""
+
+import os
 import random
+import re
 
 import jax
 import numpy as np
@@ -33,7 +38,8 @@ from safegrpo_jax.rewards.patterns import (
 )
 from safegrpo_jax.types import VERDICT_NONE, VERDICT_OTHER, VERDICT_SAFE, VERDICT_UNSAFE, Labels
 
-NUM_STRINGS = 10_000
+NUM_STRINGS = int(os.environ.get("SAFEGRPO_REWARD_STRINGS", "10000"))
+NUM_DECODED_STRINGS = 1_000  # decoding span by span is slow
 VERDICTS = {"": VERDICT_NONE, "safe": VERDICT_SAFE, "unsafe": VERDICT_UNSAFE, "other": VERDICT_OTHER}
 
 
@@ -133,15 +139,59 @@ def test_qwen_random_segmentation(strings, expected, qwen_bytes):
     check_against_oracle(qwen_bytes, build_tables("reference", qwen_bytes), strings, expected, segment)
 
 
+def test_demo_random_segmentation(strings, expected, demo_bytes):
+    segment = oracle.Segmenter(demo_bytes, random.Random(4))
+    check_against_oracle(demo_bytes, build_tables("reference", demo_bytes), strings, expected, segment)
+
+
+def test_demo_canonical_segmentation(strings, demo_tokens, demo_bytes):
+    check_canonical_segmentation(strings, demo_tokens, demo_bytes)
+
+
 def test_qwen_canonical_segmentation(strings, qwen_tokenizer, qwen_bytes):
+    check_canonical_segmentation(strings, qwen_tokenizer, qwen_bytes)
+
+
+@pytest.mark.parametrize("name", ["demo_tokens", "qwen_tokenizer"])
+@pytest.mark.parametrize("canonical", [True, False])
+def test_decoded_spans_hold_the_tag_and_no_token_more(name, canonical, strings, request):
+    tokenizer = request.getfixturevalue(name)
+    pieces = request.getfixturevalue({"demo_tokens": "demo_bytes", "qwen_tokenizer": "qwen_bytes"}[name])
+    texts = [data.decode("utf-8", errors="replace") for data in strings[:NUM_DECODED_STRINGS]]
+    segment = oracle.Segmenter(pieces, random.Random(6))
+    rows = [tokenizer.encode(text, add_special_tokens=False) if canonical else segment(text.encode()) for text in texts]
+    found = scan(build_tables("reference", pieces), rows)
+    patterns = [*oracle.TAG_PATTERNS, oracle.ANSWER_PATTERN]
+    starts = np.column_stack([found.tag_start, found.answer_start])
+    ends = np.column_stack([found.tag_end, found.answer_end])
+    num_found = 0
+    for ids, row_starts, row_ends in zip(rows, starts, ends, strict=True):
+        for pattern, start, end in zip(patterns, row_starts, row_ends, strict=True):
+            if start < 0:
+                assert not holds(pattern, tokenizer, ids)
+                continue
+            num_found += 1
+            assert holds(pattern, tokenizer, ids[start:end])
+            assert not holds(pattern, tokenizer, ids[: end - 1])  # none is complete before the last token
+            first = pattern.search(tokenizer.decode(ids[:end], skip_special_tokens=True)).start()
+            before, with_first = (len(tokenizer.decode(ids[:k], skip_special_tokens=True)) for k in (start, start + 1))
+            assert before <= first < with_first  # it begins in the first token
+    assert num_found > 2 * len(rows)
+
+
+def holds(pattern: re.Pattern, tokenizer, ids) -> bool:
+    return bool(pattern.search(tokenizer.decode(ids, skip_special_tokens=True)))
+
+
+def check_canonical_segmentation(strings, tokenizer, pieces):
     texts = [data.decode("utf-8", errors="replace") for data in strings]
-    rows = qwen_tokenizer(texts, add_special_tokens=False)["input_ids"]
-    decoded = qwen_tokenizer.batch_decode(rows, skip_special_tokens=True)  # the tokenizer normalises to NFC
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    decoded = tokenizer.batch_decode(rows, skip_special_tokens=True)  # the tokenizer normalises to NFC
     expected = [oracle.reference(text.encode()) for text in decoded]
     remaining = iter(rows)
     check_against_oracle(
-        qwen_bytes,
-        build_tables("reference", qwen_bytes),
+        pieces,
+        build_tables("reference", pieces),
         [text.encode() for text in decoded],
         expected,
         lambda _: next(remaining),

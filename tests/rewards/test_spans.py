@@ -1,6 +1,7 @@
 """One step function, however it is driven: scanned, carried, split, padded, batched, sharded."""
 
 import dataclasses
+import itertools
 import random
 
 import jax
@@ -12,13 +13,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from safegrpo_jax.rewards import spans as reward_spans
 from safegrpo_jax.rewards.automaton import build_tables
+from safegrpo_jax.rewards.machines import ANSWER_AMBIGUOUS, ANSWER_HELP, ANSWER_REFUSAL, KeywordSet, RuleSet
 
 NUM_STRINGS = 64
 
 
 @pytest.fixture(scope="module")
 def tables(small_bytes):
-    return jax.tree.map(jnp.asarray, build_tables("reference", small_bytes))
+    rules = RuleSet(keyword_sets=(KeywordSet(("help",), "completion"),), answers=("help", "x"))
+    return jax.tree.map(jnp.asarray, build_tables(rules, small_bytes))
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +67,54 @@ def test_padding_needs_no_mask_when_it_has_no_bytes(small_tokenizer, tables, bat
     assert_same(reward_spans.scan(tables, padded, np.ones_like(mask)), scanned)
 
 
+def test_any_split_equals_the_whole(tables, batch, scanned):
+    ids, mask = batch
+    cuts = sorted(np.random.default_rng(0).choice(np.arange(1, ids.shape[1]), 3, replace=False).tolist())
+    state = reward_spans.init_state(tables, NUM_STRINGS)
+    for start, end in itertools.pairwise([0, *cuts, ids.shape[1]]):
+        state = jax.jit(reward_spans.advance)(tables, state, ids[:, start:end], mask[:, start:end])
+    assert_same(reward_spans.finish(tables, state), scanned)
+
+
 def test_numpy_reference(tables, batch, scanned):
-    """The gate and the answer of each row by walking the tables in plain Python."""
+    """Every field of each row by walking the tables in plain Python, token by token."""
     host = jax.tree.map(np.asarray, tables)
     for row, (ids, mask) in enumerate(zip(*batch, strict=True)):
-        states = host.first_row.astype(int)
-        for token in ids[mask]:
-            entries = host.transitions[states, host.token_class[token]]
-            states = (entries & (2**reward_spans.STATE_BITS - 1)) + host.first_row
-        outcome = host.outcome[states]
-        assert bool(scanned.gate[row]) == (outcome[0] == 1)
-        assert bool(scanned.refusal[row]) == (outcome[4] == reward_spans.ANSWER_REFUSAL)
+        assert walk(host, ids[mask].tolist()) == {
+            name: np.asarray(getattr(scanned, name))[row].tolist() for name in scanned.__dataclass_fields__
+        }
+
+
+def walk(tables, ids):
+    """What `RewardTables` says of its entries, taken literally: positions of all `<` instead of the last two."""
+    states, opens = tables.first_row.astype(int), []
+    verdict, start, end, count = [0] * 3, [-1] * 3, [-1] * 3, [0] * 3
+    answer_start = inside = answer_end = -1
+    answer_len = 0
+    for index, token in enumerate(ids):
+        entries = tables.transitions[states, tables.token_class[token]].astype(int)
+        states = entries % 2**reward_spans.STATE_BITS + tables.first_row
+        events = (entries >> reward_spans.STATE_BITS).tolist()
+        for tag, event in enumerate(events[1:4]):
+            count[tag] += event >> 4
+            if event & 3 and not verdict[tag]:
+                before = opens + [index] * (event >> 2 & 3)
+                verdict[tag], start[tag], end[tag] = event & 3, before[-2], index + 1
+        opened, closed = events[4] & 3, events[4] >> 2
+        if opened:
+            answer_start, inside = index if opened == 2 else opens[-1], index + 1
+        if closed:
+            answer_end = index + 1
+            answer_len = max(0, (index if closed == 2 else (opens + [index] * events[0])[-1]) - inside)
+        opens += [index] * events[0]
+    outcome = tables.outcome[states].tolist()
+    closed = outcome[4] >= ANSWER_HELP
+    return {
+        "gate": outcome[0] == 1, "verdict": verdict, "tag_start": start, "tag_end": end, "tag_count": count,
+        "answer_start": answer_start if closed else -1, "answer_end": answer_end,
+        "answered": closed and outcome[4] != ANSWER_AMBIGUOUS, "refusal": outcome[4] == ANSWER_REFUSAL,
+        "answer_len": answer_len, "added_outcomes": outcome[5:],
+    }  # fmt: skip
 
 
 def test_tags_inside_one_token():
@@ -111,3 +151,17 @@ def test_sharded_over_rollouts_without_collectives(tables, batch, scanned):
         assert collective not in text
     ids, mask = jax.device_put(batch, rows)
     assert_same(compiled(jax.device_put(tables, whole), ids, mask), scanned)
+
+
+def test_shard_map_equals_batch(tables, batch, scanned):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("data")
+    sharded = jax.shard_map(reward_spans.scan, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows)
+    assert_same(jax.jit(sharded)(tables, *map(jnp.asarray, batch)), scanned)
+
+
+def test_work_does_not_depend_on_what_is_read(tables):
+    """A repetitive completion costs what any other does: the program has no branch and one loop, over the columns."""
+    program = str(jax.make_jaxpr(reward_spans.scan)(tables, np.zeros((4, 32), np.int32), np.ones((4, 32), bool)))
+    assert program.count("scan[") == 1 and "length=32" in program
+    assert "while[" not in program and "cond[" not in program
