@@ -29,7 +29,7 @@ from safegrpo_jax.data.processor import Processor
 from safegrpo_jax.data.records import Record, write_bad_rows
 from safegrpo_jax.data.sources import load_splits
 from safegrpo_jax.metrics import MetricsWriter
-from safegrpo_jax.models import hf_weights, qwen_vl
+from safegrpo_jax.models import hf_config, hf_weights, qwen_vl
 from safegrpo_jax.models.decoder import TextConfig
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.models.vision import VisionConfig
@@ -124,7 +124,7 @@ def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
     mesh = make_mesh(config.mesh.axis_sizes)
     folder = Path(config.model.path) if config.model.path else _base_model(config, workdir / "base_model")
     model = dataclasses.replace(
-        hf_weights.read_config(folder),
+        hf_config.read_config(folder),
         dtype=config.model.compute_dtype,
         scan_layers=config.model.scan_layers,
         remat=config.model.remat,
@@ -245,7 +245,7 @@ def _base_model(config: Config, folder: Path) -> Path:
         vision_start_token_id=token_id("<|vision_start|>"),
         vision_end_token_id=token_id("<|vision_end|>"),
     )
-    (partial / "config.json").write_text(json.dumps(model.to_hf(), indent=2) + "\n")
+    (partial / "config.json").write_text(json.dumps(hf_config.config_to_hf(model), indent=2) + "\n")
     partial.rename(folder)
     return folder
 

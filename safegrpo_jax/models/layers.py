@@ -1,4 +1,4 @@
-"""The small parts both towers are made of: linear maps, the two norms, and the walk through a stack of blocks.
+"""The small parts the towers are made of: linear maps, gated MLP, the two norms, the walk through a stack of blocks.
 
 A stack is one block module whose leaves carry a leading layer axis l. `run_layers` walks it either as a
 `lax.scan` (one compiled block, for deep models) or unrolled (faster on a CPU for a few small layers).
@@ -61,6 +61,18 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.num_in_axes)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, width: int, mlp_width: int, *, bias: bool, rngs: nnx.Rngs):
+        self.gate = Linear((width,), (mlp_width,), bias=bias, rngs=rngs)
+        self.up = Linear((width,), (mlp_width,), bias=bias, rngs=rngs)
+        self.down = Linear((mlp_width,), (width,), bias=bias, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 class LayerNorm(nnx.Module):

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen_tiny import example_prompts, random_params, tiny_config, torch_inputs
 from safetensors.numpy import load_file, save_file
 
-from safegrpo_jax.models import hf_weights, qwen_vl
+from safegrpo_jax.models import hf_config, hf_weights, qwen_vl
 from safegrpo_jax.sharding import make_mesh, param_shardings
 
 LOGITS_TOLERANCE = 1e-4  # float32 sums in another order through eight blocks
@@ -95,14 +95,16 @@ def test_export_loads_in_transformers_with_equal_logits(tmp_path, tied, max_shar
 
 def test_round_trip_is_exact(model, exported):
     config, params = model
-    assert hf_weights.read_config(exported) == config
+    assert hf_config.read_config(exported) == config
     assert_trees_equal(hf_weights.load(exported, config), params)
 
 
 def test_bfloat16_round_trip(model, tmp_path):
     config, params = model
     half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params)
-    hf_weights.export(tmp_path / "half", half, config, hf_config=config.to_hf() | {"torch_dtype": "float32"})
+    hf_weights.export(
+        tmp_path / "half", half, config, hf_config=hf_config.config_to_hf(config) | {"torch_dtype": "float32"}
+    )
     content = json.loads((tmp_path / "half" / "config.json").read_text())
     assert content["dtype"] == "bfloat16" and "torch_dtype" not in content
     assert_trees_equal(hf_weights.load(tmp_path / "half", config, dtype=jnp.bfloat16), half)
@@ -117,7 +119,7 @@ def test_load_straight_into_shards(model, exported):
     shardings = param_shardings(params, mesh)
     loaded = hf_weights.load(exported, config, shardings=shardings)
     assert_trees_equal(loaded, params)
-    gate = loaded["text"]["layers"]["gate"]["kernel"]
+    gate = loaded["text"]["layers"]["mlp"]["gate"]["kernel"]
     assert gate.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert gate.addressable_shards[0].data.shape == (2, 20, 28)
 
@@ -126,7 +128,7 @@ def test_stacked_axis_can_be_sharded_too(model, exported):
     config, params = model
     mesh = make_mesh({"stage": 2, "data": 4})
     shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
-    shardings["text"]["layers"]["gate"]["kernel"] = NamedSharding(mesh, PartitionSpec("stage"))
+    shardings["text"]["layers"]["mlp"]["gate"]["kernel"] = NamedSharding(mesh, PartitionSpec("stage"))
     assert_trees_equal(hf_weights.load(exported, config, shardings=shardings), params)
 
 
@@ -208,7 +210,7 @@ def test_export_refuses(model, exported, tmp_path):
         hf_weights.export(exported, params, config)
     wider = dataclasses.replace(config, text=dataclasses.replace(config.text, mlp_width=64))
     with pytest.raises(ValueError, match="another model"):
-        hf_weights.export(tmp_path / "new", params, config, hf_config=wider.to_hf())
+        hf_weights.export(tmp_path / "new", params, config, hf_config=hf_config.config_to_hf(wider))
     mixed = params | {"vision": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["vision"])}
     with pytest.raises(ValueError, match="dtypes"):
         hf_weights.export(tmp_path / "new", mixed, config)
@@ -218,8 +220,8 @@ def test_export_refuses(model, exported, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(architectures=["Qwen2_5_VLForConditionalGeneration"]), "only dense Qwen3-VL"),
-        (lambda c: c.update(model_type="qwen3_vl_moe"), "only dense Qwen3-VL"),
+        (lambda c: c.update(architectures=["Qwen2_5_VLForConditionalGeneration"]), "is not supported; known pairs"),
+        (lambda c: c.update(model_type="qwen3_vl_moe"), "is not supported; known pairs"),
         (lambda c: c.update(quantization_config={"quant_method": "fp8"}), "quantization_config"),
         (lambda c: c["text_config"].pop("rope_theta"), r"text_config\.rope_theta is missing"),
         (lambda c: c["text_config"]["rope_scaling"].pop("mrope_section"), "mrope_section is missing"),
@@ -235,16 +237,16 @@ def test_export_refuses(model, exported, tmp_path):
 def test_read_config_refuses(folder, change, message):
     change_config(folder, change)
     with pytest.raises(ValueError, match=message):
-        hf_weights.read_config(folder)
+        hf_config.read_config(folder)
 
 
 def test_read_config_of_nothing_and_of_rubbish(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        hf_weights.read_config(tmp_path / "absent")
+        hf_config.read_config(tmp_path / "absent")
     for text in ("{", "[]"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json"):
-            hf_weights.read_config(tmp_path)
+            hf_config.read_config(tmp_path)
 
 
 def test_read_config_accepts_both_rope_spellings(model, folder):
@@ -253,6 +255,6 @@ def test_read_config_accepts_both_rope_spellings(model, folder):
         text["rope_parameters"] = {**text.pop("rope_scaling"), "rope_theta": text.pop("rope_theta")}
         content["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": 10000.0}
 
-    assert hf_weights.read_config(folder) == model[0]
+    assert hf_config.read_config(folder) == model[0]
     change_config(folder, modernise)
-    assert hf_weights.read_config(folder) == model[0]
+    assert hf_config.read_config(folder) == model[0]
