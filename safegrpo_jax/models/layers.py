@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
+from safegrpo_jax.models.attention import IMPLEMENTATIONS
 from safegrpo_jax.types import Array
 
 INIT_STD = 0.02  # of tables: embeddings and positions
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-ATTENTION_IMPLEMENTATIONS = ("reference",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Execution:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"model dtype {self.dtype!r} is not one of {sorted(DTYPES)}")
-        if self.attention not in ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(f"attention {self.attention!r} is not one of {ATTENTION_IMPLEMENTATIONS}")
+        if self.attention not in IMPLEMENTATIONS:
+            raise ValueError(f"attention {self.attention!r} is not one of {IMPLEMENTATIONS}")
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -52,7 +52,7 @@ class Linear(nnx.Module):
     """Maps the last `len(in_shape)` axes of its input to `out_shape`. The kernel's shape is in_shape + out_shape."""
 
     def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, bias: bool, rngs: nnx.Rngs):
-        self.num_in_axes = len(in_shape)
+        self.num_in_axes, self.num_out_axes = len(in_shape), len(out_shape)
         # Unit variance is kept at any width; at the published width of 2560 this is the customary 0.02.
         std = math.prod(in_shape) ** -0.5
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), in_shape + out_shape))
