@@ -37,6 +37,7 @@ QWEN_VL_RULES: Rules = (
     (r"text/(deepstack_)?layers/mlp/gate_up", (None, "experts", "width", None, "mlp")),
     (r"text/(deepstack_)?layers/mlp/down", (None, "experts", "mlp", "width")),
     (r"text/(.*norm)/scale", ()),
+    (r"text/.*/lora_[ab]", ()),
 )
 
 

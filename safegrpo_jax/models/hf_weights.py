@@ -8,6 +8,7 @@ File format: https://huggingface.co/docs/safetensors (eight-byte header length, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from safegrpo_jax.models.hf_config import config_from_hf, config_to_hf, read_json
+from safegrpo_jax.models.lora import LoraConfig
 from safegrpo_jax.models.qwen_vl import QwenVLConfig, init_params
 from safegrpo_jax.models.weight_table import Leaf, describe_leaves, from_file, match_expert_layout, to_file
 from safegrpo_jax.types import Params
@@ -32,7 +34,7 @@ FILE_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16":
 
 
 def load(folder: str | Path, config: QwenVLConfig, dtype: Any = jnp.float32, shardings: Params | None = None) -> Params:
-    """Loads the weights of a model folder, each parameter cast to `dtype` and placed by `shardings`.
+    """Loads the weights of a model folder, each parameter cast to `dtype` and placed by `shardings`; no adapters.
 
     Args:
       shardings: a tree like the parameters; without it everything goes to the default device.
@@ -65,7 +67,7 @@ def export(
     hf_config: dict[str, Any] | None = None,
     max_shard_bytes: int = 5 * 1024**3,
 ) -> None:
-    """Writes a folder that `transformers` and `load` read, in the dtype of the parameters.
+    """Writes a folder that `transformers` and `load` read, in the dtype of the parameters. Merge adapters before.
 
     Args:
       hf_config: content for config.json, such as the original checkpoint's; `config_to_hf(config)` if None. Its dtype
@@ -73,7 +75,8 @@ def export(
       max_shard_bytes: a new file is started when the next tensor would exceed this.
 
     Raises:
-      ValueError: the folder exists, `hf_config` describes another model, or the parameters have mixed dtypes.
+      ValueError: the folder exists, `hf_config` describes another model, or the parameters are not the base model's or
+        have mixed dtypes.
     """
     folder = Path(folder)
     if folder.exists():
@@ -81,6 +84,8 @@ def export(
     described = config if hf_config is None else config_from_hf(hf_config)
     if (described.vision, described.text) != (config.vision, config.text):
         raise ValueError("hf_config describes another model than config; export with the config.json it came from")
+    if jax.tree.structure(params) != jax.tree.structure(_abstract_params(config)):
+        raise ValueError("the parameters are not those of the base model; merge adapters with lora.merge_adapters")
     dtypes = {np.dtype(array.dtype) for array in jax.tree.leaves(params)}
     if len(dtypes) != 1 or not dtypes <= set(FILE_DTYPES.values()):
         raise ValueError(f"parameters have dtypes {sorted(map(str, dtypes))}; export needs one of {list(FILE_DTYPES)}")
@@ -100,7 +105,9 @@ def _leaves(config: QwenVLConfig) -> list[Leaf]:
 
 
 def _abstract_params(config: QwenVLConfig) -> Params:
-    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    """Of the base model: adapters are not part of a model folder."""
+    base = dataclasses.replace(config, lora=LoraConfig())
+    return jax.eval_shape(lambda key: init_params(base, key), jax.random.key(0))
 
 
 def _assemble(leaf: Leaf, views: dict[str, np.ndarray], dtype: Any, sharding: jax.sharding.Sharding | None):
@@ -211,7 +218,7 @@ def _write_file(path: Path, shard: list[tuple[str, Leaf, Any, int | None]], dtyp
 def _with_dtype(hf_config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The config with its dtype entries, old and new spelling, root and sections, replaced by one true one."""
     content = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    for key in ("text_config", "vision_config"):
+    for key in content.keys() & {"text_config", "vision_config"}:
         section = {name: value for name, value in content[key].items() if name != "torch_dtype"}
         content[key] = section | ({"dtype": dtype} if "dtype" in hf_config[key] else {})
     return content

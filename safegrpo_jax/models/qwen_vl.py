@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.models.decoder import TextConfig, TextDecoder
 from safegrpo_jax.models.layers import Execution
+from safegrpo_jax.models.lora import LoraConfig, adapt, only_adapters
 from safegrpo_jax.models.vision import VisionConfig
 from safegrpo_jax.models.windowed_vision import WindowedVisionConfig
 from safegrpo_jax.types import Array, Key, KVCache, PackedImages, Params, Prompts, VisionFeatures
@@ -30,7 +31,8 @@ class QwenVLConfig:
     """A Qwen-VL model: what it is (`vision`, `text`, token ids) and how it is computed (the rest).
 
     `dtype` is the compute dtype, "float32" or "bfloat16"; parameters keep their own. `scan_layers` compiles one
-    block for each stack instead of all; `remat` recomputes blocks in the backward pass.
+    block for each stack instead of all; `remat` recomputes blocks in the backward pass; `attention` names the
+    implementation (attention.py); `lora` adds adapters to the parameters.
 
     Raises:
       ValueError: sizes that do not fit together, unknown dtype or attention implementation.
@@ -46,6 +48,7 @@ class QwenVLConfig:
     scan_layers: bool = False
     remat: bool = False
     attention: str = "reference"
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         num_taps = len(self.vision.deepstack_layers)
@@ -114,9 +117,14 @@ def init_params(config: QwenVLConfig, key: Key) -> Params:
     """Random float32 parameters: matrices normal with std 1/sqrt(inputs), tables with 0.02, norms one, biases zero."""
     vision_key, text_key = jax.random.split(key)
     return {
-        "vision": nnx.to_pure_dict(nnx.state(config.vision.make_tower(nnx.Rngs(vision_key)))),
+        "vision": nnx.to_pure_dict(nnx.state(_make_vision(config, nnx.Rngs(vision_key)))),
         "text": nnx.to_pure_dict(nnx.state(_make_decoder(config, nnx.Rngs(text_key)))),
     }
+
+
+def init_adapters(config: QwenVLConfig, key: Key) -> Params:
+    """Fresh adapters alone, to be joined to loaded parameters. Under jit the base model is never made."""
+    return only_adapters(init_params(config, key))
 
 
 def encode_images(params: Params, images: PackedImages, config: QwenVLConfig) -> VisionFeatures:
@@ -190,15 +198,25 @@ def decode_hidden(
     return _text(params, config).decode(token_ids, positions, step, cache, config.execution)
 
 
+def _make_vision(config, rngs):
+    tower = config.vision.make_tower(rngs)
+    if config.lora.rank:
+        adapt(tower, config.lora.vision_projections, config.lora, rngs)
+    return tower
+
+
 def _make_decoder(config, rngs):
-    return TextDecoder(config.text, len(config.vision.deepstack_layers), rngs)
+    decoder = TextDecoder(config.text, len(config.vision.deepstack_layers), rngs)
+    if config.lora.rank:
+        adapt(decoder, config.lora.projections, config.lora, rngs)
+    return decoder
 
 
 @functools.lru_cache(maxsize=16)
 def _graphs(config):
     # Structure only. `eval_shape` makes no arrays, so this is safe to reach first from inside a jit trace.
     return (
-        nnx.graphdef(nnx.eval_shape(lambda: config.vision.make_tower(nnx.Rngs(0)))),
+        nnx.graphdef(nnx.eval_shape(lambda: _make_vision(config, nnx.Rngs(0)))),
         nnx.graphdef(nnx.eval_shape(lambda: _make_decoder(config, nnx.Rngs(0)))),
     )
 
