@@ -55,7 +55,7 @@ class SmallModelConfig:
 class ModelConfig:
     """Where the policy comes from and how it computes.
 
-    `path`: a Qwen3-VL folder in Hugging Face format, or "" for the embedded small model. `compute_dtype`: of
+    `path`: a Qwen-VL folder in Hugging Face format, or "" for the embedded small model. `compute_dtype`: of
     activations; parameters are float32. `freeze_vision`: GRPO leaves the vision tower as it is; the supervised stages
     train it. `logits_chunk`: tokens whose logits exist at a time in log-probabilities, 0 for all. `attention`:
     "reference", or on a TPU "splash". `lora`: train adapters of a checkpoint's projections instead of its weights.

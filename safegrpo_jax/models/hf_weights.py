@@ -36,6 +36,8 @@ FILE_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16":
 def load(folder: str | Path, config: QwenVLConfig, dtype: Any = jnp.float32, shardings: Params | None = None) -> Params:
     """Loads the weights of a model folder, each parameter cast to `dtype` and placed by `shardings`; no adapters.
 
+    Beside the result the host holds one parameter at a time (all its layers): its mapped pages and one copy.
+
     Args:
       shardings: a tree like the parameters; without it everything goes to the default device.
 
@@ -54,9 +56,12 @@ def load(folder: str | Path, config: QwenVLConfig, dtype: Any = jnp.float32, sha
     if missing:
         raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} missing in all)")
 
-    views = {name: from_file(tensor, expected[name]) for name, (tensor, _) in tensors.items()}
     placements = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
-    arrays = [_assemble(leaf, views, dtype, place) for leaf, place in zip(leaves, placements, strict=True)]
+    arrays = []
+    for leaf, place in zip(leaves, placements, strict=True):
+        # Taken out, so that the mapped pages of a parameter go before the next one is read.
+        views = [from_file(tensors.pop(name)[0], leaf) for name in leaf.names]
+        arrays.append(_assemble(leaf, views, dtype, place))
     return jax.tree.unflatten(jax.tree.structure(_abstract_params(config)), arrays)
 
 
@@ -110,13 +115,18 @@ def _abstract_params(config: QwenVLConfig) -> Params:
     return jax.eval_shape(lambda key: init_params(base, key), jax.random.key(0))
 
 
-def _assemble(leaf: Leaf, views: dict[str, np.ndarray], dtype: Any, sharding: jax.sharding.Sharding | None):
+def _assemble(leaf: Leaf, views: list[np.ndarray], dtype: Any, sharding: jax.sharding.Sharding | None):
+    shape = (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
+
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not leaf.stacked:
-            return views[leaf.names[0]][index].astype(dtype)
-        return np.stack([views[name][index[1:]].astype(dtype) for name in leaf.names[index[0]]])
+            return views[0][index].astype(dtype)
+        chosen = [view[index[1:]] for view in views[index[0]]]
+        part = np.empty((len(chosen), *chosen[0].shape), dtype)
+        for layer, view in enumerate(chosen):  # layer by layer: never two copies of a stack
+            part[layer] = view
+        return part
 
-    shape = (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
     if sharding is None:
         return jnp.asarray(read((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, read)

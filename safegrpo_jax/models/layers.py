@@ -59,8 +59,12 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_shape)) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.num_in_axes)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        if self.bias is None:
+            return jnp.tensordot(x, kernel, self.num_in_axes)
+        # One rounding after the bias, not two: in bfloat16 the second costs a vision tower a seventh of its precision.
+        y = jnp.tensordot(x, kernel, self.num_in_axes, preferred_element_type=jnp.float32)
+        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

@@ -1,6 +1,7 @@
 """The whole model: cached decoding, padding, sharding, execution choices, configuration."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from safegrpo_jax.models.layers import unstack
 from safegrpo_jax.sharding import make_mesh, param_shardings, shard_batch
 from safegrpo_jax.types import KVCache, VisionFeatures
 
+GRADIENT_TOLERANCE = 1e-4  # relative to the largest of the parameter: sums over the batch in another order
 CACHE_TOLERANCE = 1e-5  # the same sums, split differently between prefix and private slots
-BFLOAT16_TOLERANCE = 0.1  # eight bits of mantissa through eight blocks, relative to the largest logit
 
 encode_images = jax.jit(qwen_vl.encode_images, static_argnums=2)
 text_hidden = jax.jit(qwen_vl.text_hidden, static_argnums=7)
@@ -143,20 +144,25 @@ def test_unstacking_keeps_layers_and_gradients():
     np.testing.assert_array_equal(gradient["b"], weights)
 
 
-def test_bfloat16_compute_stays_near_float32(random_model):
-    config, params = random_model
-    prompts = example_prompts()
-    half = dataclasses.replace(config, dtype="bfloat16")
-    assert prompt_hidden(params, prompts, half).dtype == jnp.bfloat16
-    expected, actual = prompt_logits(params, prompts, config), prompt_logits(params, prompts, half)
-    assert actual.dtype == jnp.float32
-    error = np.abs(actual - expected)[prompts.prompt_mask].max()
-    assert 0 < error < BFLOAT16_TOLERANCE * np.abs(expected).max()
+MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
+MESHES = (
+    ("qwen3_vl", {"data": 8}),
+    ("qwen3_vl", {"data": 4, "tensor": 2}),
+    ("qwen3_vl", MIXED),
+    ("qwen3_vl_moe", MIXED),
+    ("qwen3_vl_moe", {"data": 4, "expert": 2}),
+    ("qwen2_5_vl", MIXED),
+)
 
 
-@pytest.mark.parametrize("axis_sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data", "mixed"])
-def test_eight_devices_equal_one(random_model, axis_sizes):
-    config, params = random_model
+@pytest.mark.parametrize(
+    ("family", "axis_sizes"), MESHES, ids=[f"{family}-{'-'.join(sizes)}" for family, sizes in MESHES]
+)
+def test_eight_devices_equal_one(family, axis_sizes):
+    """Hidden states, and the gradient of their projection on random directions, for every parameter."""
+    config = tiny_config(family)
+    params = random_params(config)
+    config = dataclasses.replace(config, scan_layers=True)  # one block to compile
     base = example_prompts()
     eight = jax.tree.map(lambda leaf: np.tile(leaf, (8,) + (1,) * (leaf.ndim - 1)), base)
     m = base.images.segment_ids.size // 4
@@ -166,14 +172,29 @@ def test_eight_devices_equal_one(random_model, axis_sizes):
         positions=np.tile(base.positions, (1, 8, 1)),
         feature_index=np.where(eight.vision_mask, eight.feature_index + shift, 0),
     )
-    expected = prompt_hidden(params, base, config)
+    directions = np.random.default_rng(0).normal(size=(config.text.width,)).astype(np.float32)
+
+    @jax.jit
+    def projection(params, prompts):
+        features = qwen_vl.encode_images(params, prompts.images, config)
+        tokens = (prompts.prompt_ids, prompts.prompt_mask, prompts.positions, prompts.vision_mask)
+        hidden = qwen_vl.text_hidden(params, *tokens, prompts.feature_index, features, config)
+        real = prompts.prompt_mask[..., None]
+        return jnp.where(real, hidden * directions, 0).sum() / real.sum(), hidden
+
+    with_gradient = jax.jit(jax.value_and_grad(projection, has_aux=True))
+    (_, expected), expected_gradient = with_gradient(params, base)
     mesh = make_mesh(axis_sizes)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(params, mesh))
-        actual = prompt_hidden(placed, shard_batch(eight, mesh), config)
+        (_, actual), gradient = with_gradient(placed, shard_batch(eight, mesh))
     assert len(actual.sharding.device_set) == 8
     real = eight.prompt_mask
     np.testing.assert_allclose(actual[real], np.tile(expected, (8, 1, 1))[real], atol=CACHE_TOLERANCE)
+    for path, wanted in jax.tree_util.tree_leaves_with_path(expected_gradient):
+        found = functools.reduce(lambda node, key: node[key.key], path, gradient)
+        largest = np.abs(wanted).max()
+        np.testing.assert_allclose(found, wanted, atol=GRADIENT_TOLERANCE * largest, err_msg=str(path))
 
 
 PUBLISHED_BILLIONS = {  # total and vision, counted from the published configurations
