@@ -19,12 +19,18 @@ def get_config(arg: str = "") -> ConfigDict:
     config.tensorboard = True
 
     config.model = ConfigDict()
-    config.model.path = ""  # a Qwen3-VL folder; "" is the embedded small model
+    config.model.path = ""  # a Qwen-VL folder; "" is the embedded small model
     config.model.compute_dtype = "bfloat16"
     config.model.freeze_vision = False  # GRPO trains the vision tower too, as published
     config.model.remat = True
     config.model.scan_layers = True
     config.model.logits_chunk = 512  # tokens whose logits exist at a time
+    config.model.attention = "reference"  # "splash" on a TPU
+    config.model.lora = ConfigDict()
+    config.model.lora.rank = 0  # 0 trains the weights themselves, else adapters of this rank
+    config.model.lora.alpha = 16.0
+    config.model.lora.projections = ("q", "k", "v", "o")  # also gate, up, down
+    config.model.lora.vision_projections = ()  # also qkv, proj, fc1, fc2
 
     config.data = ConfigDict()
     config.data.path = ""  # parquet, JSONL or ArrayRecord of SafeTag records; "" is the embedded pictograms
@@ -115,6 +121,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
+    config.mesh.expert = 1
 
     config.evaluation = ConfigDict()
     config.evaluation.splits = ("test",)

@@ -25,6 +25,8 @@ from safegrpo_jax.grpo.advantages import AdvantageConfig
 from safegrpo_jax.grpo.loss import LossConfig
 from safegrpo_jax.grpo.optimizer import OptimizerConfig
 from safegrpo_jax.grpo.update import UpdateConfig
+from safegrpo_jax.models.attention import IMPLEMENTATIONS
+from safegrpo_jax.models.lora import LoraConfig
 from safegrpo_jax.rewards.compose import RewardConfig
 from safegrpo_jax.sampling.rollout import SamplingConfig
 from safegrpo_jax.sft import SupervisedConfig
@@ -53,9 +55,10 @@ class SmallModelConfig:
 class ModelConfig:
     """Where the policy comes from and how it computes.
 
-    `path`: a Qwen3-VL folder in Hugging Face format, or "" for the embedded small model. `compute_dtype`: of
+    `path`: a Qwen-VL folder in Hugging Face format, or "" for the embedded small model. `compute_dtype`: of
     activations; parameters are float32. `freeze_vision`: GRPO leaves the vision tower as it is; the supervised stages
-    train it. `logits_chunk`: tokens whose logits exist at a time in log-probabilities, 0 for all.
+    train it. `logits_chunk`: tokens whose logits exist at a time in log-probabilities, 0 for all. `attention`:
+    "reference", or on a TPU "splash". `lora`: train adapters of a checkpoint's projections instead of its weights.
     """
 
     path: str = ""
@@ -64,6 +67,8 @@ class ModelConfig:
     remat: bool = False
     scan_layers: bool = False
     logits_chunk: int = 0
+    attention: str = "reference"
+    lora: LoraConfig = LoraConfig()
     small: SmallModelConfig = SmallModelConfig()
 
 
@@ -73,7 +78,7 @@ class MeshConfig:
 
     `platform`: "cpu", "tpu", or "" for what jax finds. `cpu_devices`: host devices to make of a CPU (on two cores, two
     devices with the batch split between them decode twice as fast as one device with two threads). `data`, `fsdp`:
-    the batch is spread over both, parameters over `fsdp`; `tensor`: heads and mlp.
+    the batch is spread over both, parameters over `fsdp`; `tensor`: heads and mlp; `expert`: experts of a mixture.
     """
 
     platform: str = ""
@@ -81,6 +86,7 @@ class MeshConfig:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
 
     @property
     def data_parallel(self) -> int:
@@ -89,7 +95,7 @@ class MeshConfig:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "expert": self.expert}
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
@@ -258,6 +264,13 @@ def validate(config: Config) -> None:
         raise ValueError(f"config.data.on_bad_row={config.data.on_bad_row!r}: use 'raise' or 'skip'")
     if config.model.compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"config.model.compute_dtype={config.model.compute_dtype!r}: use 'float32' or 'bfloat16'")
+    if config.model.attention not in IMPLEMENTATIONS:
+        known = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"config.model.attention={config.model.attention!r}: use one of {known}")
+    if config.model.lora.rank and not config.model.path:
+        raise ValueError(
+            f"config.model.lora.rank={config.model.lora.rank} adapts a trained model: set config.model.path, or rank 0"
+        )
     if bool(config.loss.replay_weight) != bool(config.train.replay_batch):
         raise ValueError("config.loss.replay_weight and config.train.replay_batch go together: set both, or neither")
     if config.loss.ratio_anchor == "policy" and update.num_minibatches * update.num_epochs > 1:

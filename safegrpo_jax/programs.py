@@ -26,6 +26,7 @@ from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
 from safegrpo_jax.grpo.update import update_policy, update_supervised
 from safegrpo_jax.masked import masked_sum
 from safegrpo_jax.models import qwen_vl
+from safegrpo_jax.models.lora import adapter_mask
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.rewards import spans as reward_spans
 from safegrpo_jax.rewards.compose import (
@@ -163,11 +164,13 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
 
 
 def trainable_mask(abstract_params: Params, freeze_vision: bool) -> ArrayTree:
-    """True for every parameter that a stage trains."""
-    return {
-        part: jax.tree.map(lambda _, keep=not (freeze_vision and part == "vision"): keep, tree)
-        for part, tree in abstract_params.items()
-    }
+    """True for every parameter that a stage trains: the adapters where there are any, else all of them."""
+    mask = adapter_mask(abstract_params)
+    if not any(jax.tree.leaves(mask)):
+        mask = jax.tree.map(lambda _: True, abstract_params)
+    if freeze_vision:
+        mask["vision"] = jax.tree.map(lambda _: False, mask["vision"])
+    return mask
 
 
 def build_programs(

@@ -29,7 +29,7 @@ from safegrpo_jax.data.processor import Processor
 from safegrpo_jax.data.records import Record, write_bad_rows
 from safegrpo_jax.data.sources import load_splits
 from safegrpo_jax.metrics import MetricsWriter
-from safegrpo_jax.models import hf_weights, qwen_vl
+from safegrpo_jax.models import hf_config, hf_weights, lora, qwen_vl
 from safegrpo_jax.models.decoder import TextConfig
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.models.vision import VisionConfig
@@ -93,17 +93,24 @@ class Run:
 
     def initial_params(self) -> Params:
         """Parameters before any stage: the checkpoint's, or random ones for the embedded model."""
-        if self.config.model.path:
-            return hf_weights.load(self.model_folder, self.model, shardings=self.programs.param_shardings)
         # The "rbg" generator compiles in a third of the time that the default takes for so many arrays.
-        return self.programs.init_params(jax.random.key(self.config.seed, impl="rbg"))
+        key = jax.random.key(self.config.seed, impl="rbg")
+        shardings = self.programs.param_shardings
+        if self.config.model.path:
+            base = hf_weights.load(self.model_folder, self.model, shardings=lora.without_adapters(shardings))
+            if not self.model.lora.rank:
+                return base
+            make = jax.jit(qwen_vl.init_adapters, static_argnums=0, out_shardings=lora.only_adapters(shardings))
+            return lora.join(base, make(self.model, key))
+        return self.programs.init_params(key)
 
     def export(self, params: Params) -> Path:
-        """Writes `export/`: weights, config.json and the tokenizer's files, as transformers reads them."""
+        """Writes `export/`: weights, adapters merged, config.json, tokenizer files, all as transformers reads them."""
         folder = self.workdir / "export"
         shutil.rmtree(folder, ignore_errors=True)
-        hf_config = json.loads((self.model_folder / "config.json").read_text())
-        hf_weights.export(folder, jax.device_get(params), self.model, hf_config)
+        content = json.loads((self.model_folder / "config.json").read_text())
+        merged = lora.merge_adapters(params, self.model.lora)
+        hf_weights.export(folder, jax.device_get(merged), self.model, content)
         for name in _TOKENIZER_FILES:
             if (self.model_folder / name).is_file():
                 shutil.copyfile(self.model_folder / name, folder / name)
@@ -130,10 +137,12 @@ def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
     mesh = make_mesh(config.mesh.axis_sizes)
     folder = Path(config.model.path) if config.model.path else _base_model(config, workdir / "base_model")
     model = dataclasses.replace(
-        hf_weights.read_config(folder),
+        hf_config.read_config(folder),
         dtype=config.model.compute_dtype,
         scan_layers=config.model.scan_layers,
         remat=config.model.remat,
+        attention=config.model.attention,
+        lora=config.model.lora,
     )
     processor = Processor.from_folder(
         folder, dataclasses.replace(config.processor, max_image_pixels=config.data.max_image_pixels)
@@ -267,7 +276,7 @@ def _base_model(config: Config, folder: Path) -> Path:
         vision_start_token_id=token_id("<|vision_start|>"),
         vision_end_token_id=token_id("<|vision_end|>"),
     )
-    (partial / "config.json").write_text(json.dumps(model.to_hf(), indent=2) + "\n")
+    (partial / "config.json").write_text(json.dumps(hf_config.config_to_hf(model), indent=2) + "\n")
     partial.rename(folder)
     return folder
 

@@ -28,10 +28,16 @@ QWEN_VL_RULES: Rules = (
     (r"text/lm_head/kernel", ("width", "vocab")),
     (r"text/(deepstack_)?layers/q/kernel", (None, "width", "heads", None)),
     (r"text/(deepstack_)?layers/[kv]/kernel", (None, "width", "kv_heads", None)),
+    (r"text/(deepstack_)?layers/q/bias", (None, "heads", None)),
+    (r"text/(deepstack_)?layers/[kv]/bias", (None, "kv_heads", None)),
     (r"text/(deepstack_)?layers/o/kernel", (None, "heads", None, "width")),
-    (r"text/(deepstack_)?layers/(gate|up)/kernel", (None, "width", "mlp")),
-    (r"text/(deepstack_)?layers/down/kernel", (None, "mlp", "width")),
+    (r"text/(deepstack_)?layers/mlp/(gate|up)/kernel", (None, "width", "mlp")),
+    (r"text/(deepstack_)?layers/mlp/down/kernel", (None, "mlp", "width")),
+    (r"text/(deepstack_)?layers/mlp/router/kernel", ()),
+    (r"text/(deepstack_)?layers/mlp/gate_up", (None, "experts", "width", None, "mlp")),
+    (r"text/(deepstack_)?layers/mlp/down", (None, "experts", "mlp", "width")),
     (r"text/(.*norm)/scale", ()),
+    (r"text/.*/lora_[ab]", ()),
 )
 
 
@@ -44,6 +50,7 @@ class ShardingConfig:
     heads: str | None = "tensor"
     kv_heads: str | None = "tensor"
     mlp: str | None = "tensor"
+    experts: str | None = "expert"
 
 
 def make_mesh(axis_sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:

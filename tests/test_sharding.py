@@ -1,5 +1,7 @@
 """Mesh, parameter rules on the published sizes, and host batches placed over the data axes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,13 +48,37 @@ def test_published_parameters_are_placed(shapes):
         "text/layers/q/kernel": PartitionSpec(None, "fsdp", "tensor", None),
         "text/deepstack_layers/k/kernel": PartitionSpec(None, "fsdp", "tensor", None),
         "text/layers/o/kernel": PartitionSpec(None, "tensor", None, "fsdp"),
-        "text/layers/gate/kernel": PartitionSpec(None, "fsdp", "tensor"),
-        "text/layers/down/kernel": PartitionSpec(None, "tensor", "fsdp"),
+        "text/layers/mlp/gate/kernel": PartitionSpec(None, "fsdp", "tensor"),
+        "text/layers/mlp/down/kernel": PartitionSpec(None, "tensor", "fsdp"),
         "text/layers/q_norm/scale": PartitionSpec(),
         "vision/blocks/stage_0/qkv/kernel": PartitionSpec(),
     }
     assert {path: spec_of(placed, path) for path in expected} == expected
     assert jax.tree.structure(placed) == jax.tree.structure(shapes)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_every_parameter_of_every_size_has_one_rule(name):
+    """On a pod slice with every kind of axis; few key heads are the only thing that may be replicated."""
+    shapes = jax.eval_shape(lambda key: init_params(PUBLISHED_SIZES[name], key), jax.random.key(0))
+    for key_path, _ in jax.tree_util.tree_leaves_with_path(shapes):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        assert sum(re.fullmatch(pattern, path) is not None for pattern, _ in QWEN_VL_RULES) == 1, path
+    placed = param_shardings(shapes, make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}))
+    split = {sharding.spec for sharding in jax.tree.leaves(placed["text"])}
+    if PUBLISHED_SIZES[name].text.num_experts:
+        assert {
+            PartitionSpec(None, "expert", "fsdp", None, "tensor"),
+            PartitionSpec(None, "expert", "tensor", "fsdp"),
+        } <= split
+    else:
+        assert {PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "tensor", "fsdp")} <= split
+    kept = sum(leaf.size for leaf in jax.tree.leaves(shapes["text"]))
+    on_device = sum(
+        np.prod(sharding.shard_shape(leaf.shape))
+        for leaf, sharding in zip(jax.tree.leaves(shapes["text"]), jax.tree.leaves(placed["text"]), strict=True)
+    )
+    assert on_device < 0.26 * kept  # four or eight parts of everything but norms, biases and routers
 
 
 def test_few_key_heads_are_replicated_and_absent_axes_ignored(shapes):
@@ -62,7 +88,7 @@ def test_few_key_heads_are_replicated_and_absent_axes_ignored(shapes):
     placed = param_shardings(shapes, make_mesh({"data": 8}))
     assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(placed))
     renamed = param_shardings(shapes, make_mesh({"model": 8}), config=ShardingConfig(mlp="model", vocab=None))
-    assert spec_of(renamed, "text/layers/gate/kernel") == PartitionSpec(None, None, "model")
+    assert spec_of(renamed, "text/layers/mlp/gate/kernel") == PartitionSpec(None, None, "model")
 
 
 def test_refused_parameters():

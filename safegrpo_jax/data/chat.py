@@ -41,7 +41,7 @@ class ChatTokenizer:
                 raise ValueError(f"the tokenizer has no {name}; set it in tokenizer_config.json")
         added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
         if IMAGE_TOKEN not in added:
-            raise ValueError(f"the tokenizer has no token {IMAGE_TOKEN}; use the tokenizer of a Qwen3-VL model")
+            raise ValueError(f"the tokenizer has no token {IMAGE_TOKEN}; use the tokenizer of a Qwen-VL model")
         for token in tokenizer.added_tokens_decoder.values():
             if token.lstrip or token.rstrip or token.single_word:
                 raise ValueError(f"added token {token.content!r} absorbs its surroundings; that is not supported")
@@ -65,7 +65,7 @@ class ChatTokenizer:
         """
         folder = pathlib.Path(folder)
         if not folder.is_dir():
-            raise ValueError(f"model folder {folder} does not exist; set config.model.path to a Qwen3-VL folder")
+            raise ValueError(f"model folder {folder} does not exist; set config.model.path to a Qwen-VL folder")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} has no {name}; copy the tokenizer files of the checkpoint into it")

@@ -47,6 +47,8 @@ _MAX_CACHED_TEXTS = 1 << 16
 class ProcessorConfig:
     """Geometry of the vision tower (the checkpoint's), limits, and the ladder of shapes.
 
+    `position_table_side` 0: the tower has no position table. That is Qwen2.5-VL, which also has patches of 14 pixels,
+    mean 0.48145466, 0.4578275, 0.40821073 and std 0.26862954, 0.26130258, 0.27577711.
     `min_pixels` and `max_pixels` bound the area of an image after resizing. Buckets ascend; a batch takes the smallest
     that fits and nothing is ever cut. A patch bucket is the size of a packing row. `instruction` follows the prompt of
     tagged records; the text of `instruction_file`, where named, replaces it. `cache_bytes` bounds the kept images.
@@ -105,6 +107,8 @@ def check_geometry(folder: str | pathlib.Path, config: ProcessorConfig) -> None:
     ]
     table = vision.get("num_position_embeddings")
     side = None if table is None else math.isqrt(table)
+    if "fullatt_block_indexes" in vision:
+        side = 0  # windowed towers have no table
     pairs.append(("config.json", "num_position_embeddings ** 0.5", side, "position_table_side"))
     preprocessor = _read_json(pathlib.Path(folder) / "preprocessor_config.json")
     pairs += [
@@ -335,7 +339,9 @@ class Processor:
             here = (row, slice(offset, offset + len(image.patches)))
             pixels[here] = image.patches
             patch_pos[here] = images.patch_positions(*image.grid)
-            tap_ids[here], tap_weights[here] = images.interpolation_taps(*image.grid, self.config.position_table_side)
+            if self.config.position_table_side:
+                taps = images.interpolation_taps(*image.grid, self.config.position_table_side)
+                tap_ids[here], tap_weights[here] = taps
             segment_ids[here] = segment_ids[row].max() + 1
         return PackedImages(self._to_floats(pixels, segment_ids), patch_pos, tap_ids, tap_weights, segment_ids), places
 

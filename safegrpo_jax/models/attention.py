@@ -3,7 +3,8 @@
 Who sees whom is given by segment ids, not by a dense mask: tokens see tokens of the same segment, segment 0 is
 padding and is seen by nobody. The same ids describe packed images, left-padded prompts and packed rollouts.
 Everything is head-major, [n heads t e]: token-major keys made cached attention twice as slow on a CPU.
-The implementation is one explicit argument; `reference` is plain einsum. Scores and softmax are float32.
+The implementation is one explicit argument: "reference" is plain einsum, "splash" the TPU kernel of splash.py,
+"splash_interpret" the same program on any platform, slowly. Scores and softmax are float32.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from safegrpo_jax.models.splash import attend_splash
 from safegrpo_jax.types import Array
 
+IMPLEMENTATIONS = ("reference", "splash", "splash_interpret")
 # A finite minimum instead of -inf: a query that sees nothing (padding) gets uniform weights, not NaN.
 MASKED_SCORE = jnp.finfo(jnp.float32).min
 
@@ -36,8 +39,11 @@ def attend(
     match implementation:
         case "reference":
             return _attend_reference(query, keys, values, segment_ids, causal)
+        case "splash" | "splash_interpret":
+            interpret = implementation == "splash_interpret"
+            return attend_splash(query, keys, values, segment_ids, causal, interpret).astype(values.dtype)
         case _:
-            raise ValueError(f"attention implementation {implementation!r} is unknown; the choice is 'reference'")
+            raise ValueError(f"attention implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
 
 
 def _attend_reference(query, keys, values, segment_ids, causal):

@@ -1,8 +1,11 @@
-"""The text decoder of Qwen3-VL: grouped-query attention with q/k norms, interleaved M-RoPE, deepstack adds.
+"""The text decoder of the Qwen-VL families: grouped-query attention, M-RoPE, a gated MLP or experts, deepstack adds.
+
+The families differ by fields of `TextConfig`: q/k norms, biases of q, k, v, the order of M-RoPE, experts.
 
 After layer j < number of taps the j-th deepstack feature is added at the vision tokens, so the stack is kept as
 two: `deepstack_layers` and `layers`. Decoding runs the same blocks on one token per rollout against a cache
-that goes in and comes out. Source: huggingface/transformers modeling_qwen3_vl.py (numeric oracle).
+that goes in and comes out. Source: huggingface/transformers modeling_qwen3_vl.py,
+modeling_qwen3_vl_moe.py, modeling_qwen2_5_vl.py (numeric oracles).
 """
 
 from __future__ import annotations
@@ -11,18 +14,23 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.models.attention import attend, attend_cache
-from safegrpo_jax.models.layers import INIT_STD, Execution, Linear, RMSNorm, init_stacks, run_layers, unstack
-from safegrpo_jax.models.rope import interleaved_axes, rotate, text_angles
+from safegrpo_jax.models.experts import ExpertMLP
+from safegrpo_jax.models.layers import INIT_STD, Execution, GatedMLP, Linear, RMSNorm, init_stacks, run_layers, unstack
+from safegrpo_jax.models.rope import contiguous_axes, interleaved_axes, rotate, text_angles
 from safegrpo_jax.types import Array, KVCache
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the text decoder. `mrope_section`: frequencies turned by (time, height, width).
+    """Sizes and family traits of the text decoder. `mrope_section`: frequencies turned by (time, height, width).
+
+    With `num_experts` every layer's MLP is a mixture: each token goes to `experts_per_token` experts of width
+    `expert_width`, and `mlp_width` is unused.
 
     Raises:
       ValueError: sizes that do not fit together.
@@ -40,39 +48,62 @@ class TextConfig:
     norm_epsilon: float = 1e-6
     max_positions: int = 262144
     tied_embeddings: bool = False
+    mrope_interleaved: bool = True
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
-        axes = interleaved_axes(self.mrope_section, self.head_dim // 2).tolist()
-        if self.head_dim % 2 or tuple(axes.count(axis) for axis in range(3)) != self.mrope_section:
-            raise ValueError(f"mrope_section {self.mrope_section} does not interleave over head_dim {self.head_dim}")
+        axes = self.mrope_axes.tolist()
+        counts = tuple(axes.count(axis) for axis in range(3))
+        if self.head_dim % 2 or counts != self.mrope_section or len(axes) != self.head_dim // 2:
+            raise ValueError(f"mrope_section {self.mrope_section} does not divide head_dim {self.head_dim} / 2")
+        if self.num_experts and not (0 < self.experts_per_token <= self.num_experts and self.expert_width > 0):
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} of num_experts {self.num_experts} with expert_width "
+                f"{self.expert_width}: give 1..num_experts and a width"
+            )
+
+    @property
+    def mrope_axes(self) -> np.ndarray:
+        """The position axis of each frequency."""
+        if self.mrope_interleaved:
+            return interleaved_axes(self.mrope_section, self.head_dim // 2)
+        return contiguous_axes(self.mrope_section)
 
 
 class TextBlock(nnx.Module):
-    """Pre-norm transformer block: causal attention, then a SiLU-gated MLP."""
+    """Pre-norm transformer block: causal attention, then a SiLU-gated MLP or a mixture of them."""
 
     def __init__(self, config: TextConfig, rngs: nnx.Rngs):
         heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
         self.input_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.q = Linear((config.width,), heads, bias=False, rngs=rngs)
-        self.k = Linear((config.width,), kv_heads, bias=False, rngs=rngs)
-        self.v = Linear((config.width,), kv_heads, bias=False, rngs=rngs)
+        self.q = Linear((config.width,), heads, bias=config.qkv_bias, rngs=rngs)
+        self.k = Linear((config.width,), kv_heads, bias=config.qkv_bias, rngs=rngs)
+        self.v = Linear((config.width,), kv_heads, bias=config.qkv_bias, rngs=rngs)
         self.o = Linear(heads, (config.width,), bias=False, rngs=rngs)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.gate = Linear((config.width,), (config.mlp_width,), bias=False, rngs=rngs)
-        self.up = Linear((config.width,), (config.mlp_width,), bias=False, rngs=rngs)
-        self.down = Linear((config.mlp_width,), (config.width,), bias=False, rngs=rngs)
+        self.mlp = (
+            ExpertMLP(config.width, config.expert_width, config.num_experts, config.experts_per_token, rngs)
+            if config.num_experts
+            else GatedMLP(config.width, config.mlp_width, bias=False, rngs=rngs)
+        )
 
     def heads(
         self, x: Float[Array, "n t d"], cos: Float[Array, "n t half"], sin: Float[Array, "n t half"]
     ) -> tuple[Float[Array, "n h t e"], Float[Array, "n k t e"], Float[Array, "n k t e"]]:
         """Rotated queries, rotated keys and values of every token, head-major."""
         x = self.input_norm(x)
-        query = self.q_norm(self.q(x)).swapaxes(1, 2)
-        keys = self.k_norm(self.k(x)).swapaxes(1, 2)
+        query, keys = self.q(x), self.k(x)
+        if self.q_norm is not None:
+            query, keys = self.q_norm(query), self.k_norm(keys)
+        query, keys = query.swapaxes(1, 2), keys.swapaxes(1, 2)
         return rotate(query, cos, sin), rotate(keys, cos, sin), self.v(x).swapaxes(1, 2)
 
     def finish(self, x: Float[Array, "n t d"], attended: Float[Array, "n h t e"]) -> Float[Array, "n t d"]:
@@ -80,8 +111,7 @@ class TextBlock(nnx.Module):
         shape = x.shape
         # One long axis of tokens: contracting two axes in the weight gradients costs a sixth of a CPU step.
         x = (x + self.o(attended.swapaxes(1, 2))).reshape(-1, shape[-1])
-        hidden = self.mlp_norm(x)
-        return (x + self.down(jax.nn.silu(self.gate(hidden)) * self.up(hidden))).reshape(shape)
+        return (x + self.mlp(self.mlp_norm(x))).reshape(shape)
 
 
 class TextDecoder(nnx.Module):
@@ -91,8 +121,9 @@ class TextDecoder(nnx.Module):
         self.config = config
         shape = (config.vocab_size, config.width)
         self.embed = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape))
-        lens = (num_taps, config.num_layers - num_taps)
-        self.deepstack_layers, self.layers = init_stacks(lambda keys: TextBlock(config, keys), lens, rngs)
+        lens = [num_taps, config.num_layers - num_taps] if num_taps else [config.num_layers]
+        *tapped, self.layers = init_stacks(lambda keys: TextBlock(config, keys), lens, rngs)
+        self.deepstack_layers = tapped[0] if tapped else None
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.lm_head = None if config.tied_embeddings else Linear(shape[::-1][:1], shape[:1], bias=False, rngs=rngs)
 
@@ -129,7 +160,9 @@ class TextDecoder(nnx.Module):
             added = jnp.where(vision_mask[..., None], features[feature_index].astype(x.dtype), 0)
             return x + added, cache
 
-        x, first = run_layers(deepstack_body, x, (self.deepstack_layers, deepstack), execution)
+        first = ()
+        if self.deepstack_layers is not None:
+            x, first = run_layers(deepstack_body, x, (self.deepstack_layers, deepstack), execution)
         x, rest = run_layers(body, x, self.layers, execution)
         return x, first + rest if keep_cache else ()
 
@@ -145,8 +178,8 @@ class TextDecoder(nnx.Module):
         x = self.embed_tokens(token_ids[:, None], execution)
         cos, sin = self._rotation(jnp.broadcast_to(positions[None, :, None], (3, len(positions), 1)), execution)
         private_keys, private_values = [], []
-        blocks = unstack(self.deepstack_layers) + unstack(self.layers)
-        for index, block in enumerate(blocks):
+        stacks = [stack for stack in (self.deepstack_layers, self.layers) if stack is not None]
+        for index, block in enumerate(block for stack in stacks for block in unstack(stack)):
             query, keys, values = block.heads(x, cos, sin)
             slot = (0, 0, step, 0)
             private_keys.append(jax.lax.dynamic_update_slice(cache.private_keys[index], keys, slot))
@@ -174,6 +207,6 @@ class TextDecoder(nnx.Module):
         return jax.lax.dot_general(hidden, kernel.astype(hidden.dtype), dims, preferred_element_type=jnp.float32)
 
     def _rotation(self, positions, execution):
-        angles = text_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
+        angles = text_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_axes)
         # Rounded to the compute dtype before the products: what the released checkpoints were trained with.
         return jnp.cos(angles).astype(execution.compute_dtype), jnp.sin(angles).astype(execution.compute_dtype)

@@ -1,98 +1,42 @@
-"""Qwen3-VL folders: config.json and safetensors files <-> parameters. Refuses to guess.
+"""Qwen-VL safetensors files <-> parameters. Refuses to guess.
 
-One table says, for every parameter path, how its tensor is named and laid out in the files; loading and exporting
-both read it. All names and shapes are checked from the file headers before a single weight is read. A parameter
-is then assembled shard by shard from memory-mapped files, so neither host nor device ever holds the model twice.
+weight_table.py says how every parameter is named and laid out in the files; loading and exporting both read it. All
+names and shapes are checked from the file headers before a single weight is read. A parameter is then assembled shard
+by shard from memory-mapped files, so neither host nor device ever holds the model twice.
 File format: https://huggingface.co/docs/safetensors (eight-byte header length, JSON header, raw tensors).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from safegrpo_jax.models.hf_config import config_from_hf, config_to_hf, read_json
+from safegrpo_jax.models.lora import LoraConfig
 from safegrpo_jax.models.qwen_vl import QwenVLConfig, init_params
+from safegrpo_jax.models.weight_table import Leaf, describe_leaves, from_file, match_expert_layout, to_file
 from safegrpo_jax.types import Params
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FILE_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
-# (parameter path, tensor name, layout). `{layer}` counts over the whole tower, whatever stack holds the layer.
-# Layouts: "same"; "flat" = the file flattens a vector; "linear" = the file holds [out, in], here in-axes come first;
-# "linear2" = the same with two in-axes (heads, head_dim); "conv" = [out, channels, frames, height, width].
-TABLE = (
-    (r"vision/patch_embed/kernel", r"model.visual.patch_embed.proj.weight", "conv"),
-    (r"vision/patch_embed/bias", r"model.visual.patch_embed.proj.bias", "same"),
-    (r"vision/pos_table", r"model.visual.pos_embed.weight", "same"),
-    (r"vision/blocks/stage_\d+/(norm\d)/scale", r"model.visual.blocks.{layer}.\1.weight", "same"),
-    (r"vision/blocks/stage_\d+/(norm\d)/bias", r"model.visual.blocks.{layer}.\1.bias", "same"),
-    (r"vision/blocks/stage_\d+/qkv/kernel", r"model.visual.blocks.{layer}.attn.qkv.weight", "linear"),
-    (r"vision/blocks/stage_\d+/qkv/bias", r"model.visual.blocks.{layer}.attn.qkv.bias", "flat"),
-    (r"vision/blocks/stage_\d+/proj/kernel", r"model.visual.blocks.{layer}.attn.proj.weight", "linear2"),
-    (r"vision/blocks/stage_\d+/proj/bias", r"model.visual.blocks.{layer}.attn.proj.bias", "same"),
-    (r"vision/blocks/stage_\d+/(fc\d)/kernel", r"model.visual.blocks.{layer}.mlp.linear_\1.weight", "linear"),
-    (r"vision/blocks/stage_\d+/(fc\d)/bias", r"model.visual.blocks.{layer}.mlp.linear_\1.bias", "same"),
-    (r"vision/merger/norm/scale", r"model.visual.merger.norm.weight", "same"),
-    (r"vision/merger/norm/bias", r"model.visual.merger.norm.bias", "same"),
-    (r"vision/merger/(fc\d)/kernel", r"model.visual.merger.linear_\1.weight", "linear"),
-    (r"vision/merger/(fc\d)/bias", r"model.visual.merger.linear_\1.bias", "same"),
-    (r"vision/deepstack_mergers/norm/scale", r"model.visual.deepstack_merger_list.{layer}.norm.weight", "same"),
-    (r"vision/deepstack_mergers/norm/bias", r"model.visual.deepstack_merger_list.{layer}.norm.bias", "same"),
-    (
-        r"vision/deepstack_mergers/(fc\d)/kernel",
-        r"model.visual.deepstack_merger_list.{layer}.linear_\1.weight",
-        "linear",
-    ),
-    (r"vision/deepstack_mergers/(fc\d)/bias", r"model.visual.deepstack_merger_list.{layer}.linear_\1.bias", "same"),
-    (r"text/embed", r"model.language_model.embed_tokens.weight", "same"),
-    (r"text/\w*layers/input_norm/scale", r"model.language_model.layers.{layer}.input_layernorm.weight", "same"),
-    (r"text/\w*layers/([qkv])/kernel", r"model.language_model.layers.{layer}.self_attn.\1_proj.weight", "linear"),
-    (r"text/\w*layers/o/kernel", r"model.language_model.layers.{layer}.self_attn.o_proj.weight", "linear2"),
-    (r"text/\w*layers/([qk]_norm)/scale", r"model.language_model.layers.{layer}.self_attn.\1.weight", "same"),
-    (r"text/\w*layers/mlp_norm/scale", r"model.language_model.layers.{layer}.post_attention_layernorm.weight", "same"),
-    (r"text/\w*layers/(gate|up|down)/kernel", r"model.language_model.layers.{layer}.mlp.\1_proj.weight", "linear"),
-    (r"text/norm/scale", r"model.language_model.norm.weight", "same"),
-    (r"text/lm_head/kernel", r"lm_head.weight", "linear"),
-)
-
-
-class Leaf(NamedTuple):
-    """One parameter and its tensors in the files: one per layer when `stacked`, else one."""
-
-    path: str
-    shape: tuple[int, ...]  # of one layer, as a parameter
-    stacked: bool
-    names: tuple[str, ...]
-    file_shape: tuple[int, ...]
-    layout: str
-
-
-def read_config(folder: str | Path) -> QwenVLConfig:
-    """Reads `config.json` of a model folder.
-
-    Raises:
-      ValueError: the folder or file is missing or broken, or describes a model that is not supported.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a local Qwen3-VL folder with config.json and safetensors files")
-    return QwenVLConfig.from_hf(_read_json(path))
-
 
 def load(folder: str | Path, config: QwenVLConfig, dtype: Any = jnp.float32, shardings: Params | None = None) -> Params:
-    """Loads the weights of a model folder, each parameter cast to `dtype` and placed by `shardings`.
+    """Loads the weights of a model folder, each parameter cast to `dtype` and placed by `shardings`; no adapters.
+
+    Beside the result the host holds one parameter at a time (all its layers): its mapped pages and one copy.
 
     Args:
       shardings: a tree like the parameters; without it everything goes to the default device.
@@ -101,7 +45,7 @@ def load(folder: str | Path, config: QwenVLConfig, dtype: Any = jnp.float32, sha
       ValueError: a tensor is unknown, missing, set twice or misshapen; weights are quantised; a file is broken.
     """
     tensors = _open_tensors(Path(folder))
-    leaves = describe_leaves(config)
+    leaves = match_expert_layout(_leaves(config), {name: tensor.shape for name, (tensor, _) in tensors.items()})
     expected = {name: leaf for leaf in leaves for name in leaf.names}
     for name, (tensor, file) in tensors.items():
         if name not in expected:
@@ -112,9 +56,12 @@ def load(folder: str | Path, config: QwenVLConfig, dtype: Any = jnp.float32, sha
     if missing:
         raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} missing in all)")
 
-    views = {name: _from_file(tensor, expected[name]) for name, (tensor, _) in tensors.items()}
     placements = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
-    arrays = [_assemble(leaf, views, dtype, place) for leaf, place in zip(leaves, placements, strict=True)]
+    arrays = []
+    for leaf, place in zip(leaves, placements, strict=True):
+        # Taken out, so that the mapped pages of a parameter go before the next one is read.
+        views = [from_file(tensors.pop(name)[0], leaf) for name in leaf.names]
+        arrays.append(_assemble(leaf, views, dtype, place))
     return jax.tree.unflatten(jax.tree.structure(_abstract_params(config)), arrays)
 
 
@@ -125,22 +72,25 @@ def export(
     hf_config: dict[str, Any] | None = None,
     max_shard_bytes: int = 5 * 1024**3,
 ) -> None:
-    """Writes a folder that `transformers` and `load` read, in the dtype of the parameters.
+    """Writes a folder that `transformers` and `load` read, in the dtype of the parameters. Merge adapters before.
 
     Args:
-      hf_config: content for config.json, such as the original checkpoint's; `config.to_hf()` if None. Its dtype
+      hf_config: content for config.json, such as the original checkpoint's; `config_to_hf(config)` if None. Its dtype
         entries are replaced by what is written.
       max_shard_bytes: a new file is started when the next tensor would exceed this.
 
     Raises:
-      ValueError: the folder exists, `hf_config` describes another model, or the parameters have mixed dtypes.
+      ValueError: the folder exists, `hf_config` describes another model, or the parameters are not the base model's or
+        have mixed dtypes.
     """
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already; export writes a new folder and never overwrites one")
-    described = config if hf_config is None else QwenVLConfig.from_hf(hf_config)
+    described = config if hf_config is None else config_from_hf(hf_config)
     if (described.vision, described.text) != (config.vision, config.text):
         raise ValueError("hf_config describes another model than config; export with the config.json it came from")
+    if jax.tree.structure(params) != jax.tree.structure(_abstract_params(config)):
+        raise ValueError("the parameters are not those of the base model; merge adapters with lora.merge_adapters")
     dtypes = {np.dtype(array.dtype) for array in jax.tree.leaves(params)}
     if len(dtypes) != 1 or not dtypes <= set(FILE_DTYPES.values()):
         raise ValueError(f"parameters have dtypes {sorted(map(str, dtypes))}; export needs one of {list(FILE_DTYPES)}")
@@ -149,111 +99,44 @@ def export(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_shards(partial, describe_leaves(config), jax.tree.leaves(params), dtype, max_shard_bytes)
-    content = _with_dtype(hf_config or config.to_hf(), dtype.name)
+    _write_shards(partial, _leaves(config), jax.tree.leaves(params), dtype, max_shard_bytes)
+    content = _with_dtype(hf_config or config_to_hf(config), dtype.name)
     (partial / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     os.rename(partial, folder)  # readers see the whole folder or none
 
 
-def describe_leaves(config: QwenVLConfig) -> list[Leaf]:
-    """How every parameter of the model, in tree order, appears in the files.
-
-    Raises:
-      ValueError: a parameter that the table does not know.
-    """
-    starts = dict.fromkeys(("text/deepstack_layers", "vision/deepstack_mergers"), 0)
-    starts["text/layers"] = len(config.vision.deepstack_layers)
-    for index in range(len(config.vision.stage_lens)):
-        starts[f"vision/blocks/stage_{index}"] = sum(config.vision.stage_lens[:index])
-
-    leaves = []
-    for key_path, array in jax.tree_util.tree_leaves_with_path(_abstract_params(config)):
-        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        template, layout = _find_rule(path)
-        start = next((start for prefix, start in starts.items() if path.startswith(prefix + "/")), None)
-        stacked = start is not None
-        shape = array.shape[1:] if stacked else array.shape
-        layers = range(start, start + array.shape[0]) if stacked else range(1)
-        names = tuple(template.format(layer=layer) for layer in layers)
-        leaves.append(Leaf(path, shape, stacked, names, _file_shape(shape, layout, config), layout))
-    return leaves
+def _leaves(config: QwenVLConfig) -> list[Leaf]:
+    return describe_leaves(_abstract_params(config), config)
 
 
-def _abstract_params(config):
-    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+def _abstract_params(config: QwenVLConfig) -> Params:
+    """Of the base model: adapters are not part of a model folder."""
+    base = dataclasses.replace(config, lora=LoraConfig())
+    return jax.eval_shape(lambda key: init_params(base, key), jax.random.key(0))
 
 
-def _find_rule(path: str) -> tuple[str, str]:
-    for pattern, template, layout in TABLE:
-        match = re.fullmatch(pattern, path)
-        if match:
-            return match.expand(template), layout
-    raise ValueError(f"parameter {path} has no rule in the weight table")
+def _assemble(leaf: Leaf, views: list[np.ndarray], dtype: Any, sharding: jax.sharding.Sharding | None):
+    shape = (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
 
-
-def _file_shape(shape, layout, config):
-    match layout:
-        case "same":
-            return shape
-        case "flat":
-            return (math.prod(shape),)
-        case "linear":
-            return (math.prod(shape[1:]), shape[0])
-        case "linear2":
-            return (math.prod(shape[2:]), shape[0] * shape[1])
-        case "conv":
-            vision = config.vision
-            return (shape[1], vision.num_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    raise ValueError(f"unknown layout {layout!r} in the weight table")
-
-
-_IN_AXES = {"linear": 1, "conv": 1, "linear2": 2}
-
-
-def _from_file(tensor: np.ndarray, leaf: Leaf) -> np.ndarray:
-    """The tensor as a parameter of one layer: a view, so that reading a slice touches only that slice."""
-    if leaf.layout not in _IN_AXES:
-        return tensor.reshape(leaf.shape)
-    in_axes = _IN_AXES[leaf.layout]
-    out_first = tensor.reshape(leaf.shape[in_axes:] + leaf.shape[:in_axes])
-    return np.moveaxis(out_first, range(-in_axes, 0), range(in_axes))
-
-
-def _to_file(array: np.ndarray, leaf: Leaf) -> np.ndarray:
-    """The inverse of `_from_file`, contiguous."""
-    if leaf.layout in _IN_AXES:
-        in_axes = _IN_AXES[leaf.layout]
-        array = np.moveaxis(array, range(in_axes), range(-in_axes, 0))
-    return np.ascontiguousarray(array).reshape(leaf.file_shape)
-
-
-def _assemble(leaf: Leaf, views: dict[str, np.ndarray], dtype: Any, sharding: jax.sharding.Sharding | None):
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not leaf.stacked:
-            return views[leaf.names[0]][index].astype(dtype)
-        return np.stack([views[name][index[1:]].astype(dtype) for name in leaf.names[index[0]]])
+            return views[0][index].astype(dtype)
+        chosen = [view[index[1:]] for view in views[index[0]]]
+        part = np.empty((len(chosen), *chosen[0].shape), dtype)
+        for layer, view in enumerate(chosen):  # layer by layer: never two copies of a stack
+            part[layer] = view
+        return part
 
-    shape = (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
     if sharding is None:
         return jnp.asarray(read((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, read)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object; download it again")
-    return content
 
 
 def _open_tensors(folder: Path) -> dict[str, tuple[np.ndarray, Path]]:
     """Every tensor of the folder as a memory-mapped array, with its file."""
     index_path = folder / INDEX_NAME
     if index_path.is_file():
-        weight_map = _read_json(index_path).get("weight_map")
+        weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index_path} has no weight_map; download it again")
     else:
@@ -339,13 +222,13 @@ def _write_file(path: Path, shard: list[tuple[str, Leaf, Any, int | None]], dtyp
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for _, leaf, array, layer in shard:
-            file.write(_to_file(np.asarray(array if layer is None else array[layer]), leaf).tobytes())
+            file.write(to_file(np.asarray(array if layer is None else array[layer]), leaf).tobytes())
 
 
 def _with_dtype(hf_config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The config with its dtype entries, old and new spelling, root and sections, replaced by one true one."""
     content = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    for key in ("text_config", "vision_config"):
+    for key in content.keys() & {"text_config", "vision_config"}:
         section = {name: value for name, value in content[key].items() if name != "torch_dtype"}
         content[key] = section | ({"dtype": dtype} if "dtype" in hf_config[key] else {})
     return content

@@ -1,7 +1,8 @@
 """Rotary position embedding: the angles of the two towers and the rotation itself.
 
 Positions come in as data; computing them from tokens and image grids is host work (data/processor.py).
-Text: three position axes (time, height, width) share the frequencies by interleaving, THWTHW...TT.
+Text: three position axes (time, height, width) share the frequencies, interleaved THWTHW...TT (Qwen3-VL) or in three
+runs T..TH..HW..W (Qwen2.5-VL).
 Vision: the first half of the frequencies turns with the patch row, the second with its column.
 Angles are float32 always. Source: huggingface/transformers modeling_qwen3_vl.py.
 """
@@ -26,11 +27,18 @@ def interleaved_axes(section: tuple[int, int, int], num_frequencies: int) -> np.
     return axes
 
 
+def contiguous_axes(section: tuple[int, int, int]) -> np.ndarray:
+    """As `interleaved_axes`, with the frequencies of an axis together. Section (4, 2, 2) gives 0 0 0 0 1 1 2 2."""
+    return np.repeat(np.arange(3, dtype=np.int32), section)
+
+
 def text_angles(
-    positions: Int[Array, "3 n t"], head_dim: int, theta: float, section: tuple[int, int, int]
+    positions: Int[Array, "3 n t"], head_dim: int, theta: float, axes: Int[np.ndarray, "half"]
 ) -> Float[Array, "n t half"]:
-    """Rotation angles of M-RoPE in radians, float32, one per pair of head channels (half = head_dim / 2)."""
-    axes = interleaved_axes(section, head_dim // 2)
+    """Rotation angles of M-RoPE in radians, float32, one per pair of head channels (half = head_dim / 2).
+
+    `axes[j]` is the position axis that turns frequency j.
+    """
     time, height, width = (axis[..., None] for axis in positions)
     position = jnp.where(axes == 0, time, jnp.where(axes == 1, height, width))
     return position.astype(jnp.float32) * _inverse_frequencies(head_dim, theta)

@@ -63,6 +63,9 @@ class VisionConfig:
         """Values in one patch: channels x frames x height x width."""
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
 
+    def make_tower(self, rngs: nnx.Rngs) -> VisionTower:
+        return VisionTower(self, rngs)
+
     @property
     def stage_lens(self) -> tuple[int, ...]:
         """Blocks up to and including each tap, then the blocks after the last tap (absent when there are none)."""

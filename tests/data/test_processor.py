@@ -208,6 +208,15 @@ def test_caches_change_nothing(small_tokenizer, processor, png):
             jax.tree.map(np.testing.assert_array_equal, fresh, other.encode_prompts(records))
 
 
+def test_tower_without_position_table(small_tokenizer, png):
+    tableless = Processor(small_tokenizer, dataclasses.replace(CONFIG, position_table_side=0))
+    records = [record("x", [png(8, 16)])]
+    packed, usual = tableless.encode_prompts(records).images, Processor(small_tokenizer, CONFIG).encode_prompts(records)
+    assert not packed.tap_ids.any() and not packed.tap_weights.any()
+    for field in ("patches", "patch_pos", "segment_ids"):
+        np.testing.assert_array_equal(getattr(packed, field), getattr(usual.images, field))
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -217,6 +226,7 @@ def test_caches_change_nothing(small_tokenizer, processor, png):
             {"vision_config": {"num_position_embeddings": 2304}},
             "48 but processor.position_table_side is 6",
         ),
+        ("config.json", {"vision_config": {"fullatt_block_indexes": [1]}}, "0 but processor.position_table_side is 6"),
         ("preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.5]}, "image_mean is .* but processor.image_mean is"),
         ("preprocessor_config.json", {"temporal_patch_size": 1}, "temporal_patch_size is 1"),
     ],

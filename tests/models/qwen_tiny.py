@@ -3,23 +3,41 @@
 The index work here is written from the definitions, on purpose apart from the package's processor.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 
 from safegrpo_jax.models.decoder import TextConfig
+from safegrpo_jax.models.hf_config import config_to_hf
 from safegrpo_jax.models.qwen_vl import QwenVLConfig, init_params
 from safegrpo_jax.models.vision import VisionConfig
+from safegrpo_jax.models.windowed_vision import WindowedVisionConfig
 from safegrpo_jax.types import Labels, PackedImages, Prompts
 
 IMAGE, VIDEO, START, END, PAD = 90, 91, 92, 93, 0
 GRID_SIDE = 6  # of the learned position table
 
 
-def tiny_config(tied: bool = False, **execution) -> QwenVLConfig:
-    """4 vision layers tapped after 0 and 2, 4 text layers; grouped heads whose total width is not the model's."""
+def tiny_config(family: str = "qwen3_vl", tied: bool = False, **execution) -> QwenVLConfig:
+    """4 vision layers, 4 text layers; grouped heads whose total width is not the model's (where a family allows it).
+
+    The towers are tapped after 0 and 2, or attend in full in 1 and 3 and else in windows of 8 x 8 patches.
+    """
+    vision = VisionConfig(32, 48, 4, 4, 40, (0, 2), patch_size=4, num_positions=GRID_SIDE**2)
+    text = TextConfig(100, 40, 56, 4, 4, 2, 1e4, (4, 2, 2), head_dim=16, tied_embeddings=tied)
+    match family:
+        case "qwen3_vl_moe":
+            text = dataclasses.replace(text, num_experts=16, experts_per_token=4, expert_width=24)
+        case "qwen2_5_vl":
+            vision = WindowedVisionConfig(32, 48, 4, 4, 48, (1, 3), patch_size=4, window_size=32)
+            text = TextConfig(
+                100, 48, 56, 4, 4, 2, 1e4, (2, 2, 2), head_dim=12, tied_embeddings=tied,
+                mrope_interleaved=False, qk_norm=False, qkv_bias=True,
+            )  # fmt: skip
     return QwenVLConfig(
-        vision=VisionConfig(32, 48, 4, 4, 40, (0, 2), patch_size=4, num_positions=GRID_SIDE**2),
-        text=TextConfig(100, 40, 56, 4, 4, 2, 1e4, (4, 2, 2), head_dim=16, tied_embeddings=tied),
+        vision=vision,
+        text=text,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=START,
@@ -43,17 +61,23 @@ def random_params(config: QwenVLConfig, seed: int = 0):
 def torch_model(config: QwenVLConfig, seed: int = 0):
     """A transformers model of this configuration with weights large enough for every part to matter."""
     import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    import transformers
 
-    hf_config = Qwen3VLConfig(**config.to_hf())
+    content = config_to_hf(config)
+    config_class = getattr(
+        transformers, content["architectures"][0].removesuffix("ForConditionalGeneration") + "Config"
+    )
+    hf_config = config_class(**content)
     hf_config._attn_implementation = "eager"
-    model = Qwen3VLForConditionalGeneration(hf_config).eval().float()
+    model = getattr(transformers, content["architectures"][0])(hf_config).eval().float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = "norm" in name and name.endswith("weight")
-            parameter.copy_(1 + 0.2 * noise if is_norm else 0.15 * noise)
+            is_norm = ("norm" in name or "ln_q" in name) and name.endswith("weight")
+            # A router of unit logits: the chosen experts differ from token to token, none by a rounding error.
+            spread = 0.5 if name.endswith("mlp.gate.weight") else 0.15
+            parameter.copy_(1 + 0.2 * noise if is_norm else spread * noise)
     return model
 
 
@@ -149,21 +173,23 @@ def build_prompts(rows: list[list], images: PackedImages, grids: list[list[tuple
 GRIDS = [[(4, 6), (2, 4)], [(6, 2)]]  # two images of different shape in row 0, one in row 1
 
 
-def example_prompts() -> Prompts:
-    """Three prompts: two images of different grids, one image with left padding, text only."""
-    images = pack_images(GRIDS, row_len=40)
+def example_prompts(grids: list[list[tuple[int, int]]] = GRIDS) -> Prompts:
+    """Three prompts: two images of different grids, one image with left padding, text only.
+
+    `grids` has two images in row 0 and one in row 1.
+    """
+    patches = max(sum(height * width for height, width in row) for row in grids)
+    images = pack_images(grids, row_len=patches + 8)
     rows = [
         [5, START, (0, 0), END, 7, START, (0, 1), END, 11, 12, 13],
         [21, START, (1, 0), END, 23, 24],
         [31, 32, 33, 34, 35],
     ]
-    return build_prompts(rows, images, GRIDS, length=20)
+    length = 12 + sum(height * width // 4 for height, width in grids[0])
+    return build_prompts(rows, images, grids, length)
 
 
-IMAGE_GRID_THW = [(1, 4, 6), (1, 2, 4), (1, 6, 2)]  # in the order of the prompts
-
-
-def torch_inputs(prompts: Prompts) -> dict:
+def torch_inputs(prompts: Prompts, grids: list[list[tuple[int, int]]] = GRIDS) -> dict:
     """The same batch as keyword arguments of the transformers model; it computes positions by itself."""
     import torch
 
@@ -172,6 +198,13 @@ def torch_inputs(prompts: Prompts) -> dict:
         "input_ids": ids,
         "attention_mask": torch.from_numpy(prompts.prompt_mask).long(),
         "pixel_values": torch.from_numpy(real_patches(prompts.images)),
-        "image_grid_thw": torch.tensor(IMAGE_GRID_THW),
+        "image_grid_thw": grid_thw(grids),
         "mm_token_type_ids": (ids == IMAGE).int(),
     }
+
+
+def grid_thw(grids: list[list[tuple[int, int]]] = GRIDS):
+    """(frames, height, width) of every image, in the order of the prompts."""
+    import torch
+
+    return torch.tensor([(1, *grid) for row in grids for grid in row])

@@ -1,10 +1,12 @@
 """Attention against a loop over its definition; padding; the two-part cache against whole rows."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from safegrpo_jax.models.attention import attend, attend_cache
+from safegrpo_jax.sharding import make_mesh
 
 TOLERANCE = 1e-5  # float32 sums of a few dozen terms of unit size
 
@@ -19,11 +21,12 @@ def one_query(query, keys, values):
     return weights / weights.sum() @ values
 
 
+@pytest.mark.parametrize("implementation", ["reference", "splash_interpret"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_segments_and_grouped_heads(causal):
+def test_segments_and_grouped_heads(causal, implementation):
     query, keys, values = draw(2, 4, 7, 8), draw(2, 2, 7, 8, seed=1), draw(2, 2, 7, 8, seed=2)
     segment_ids = np.array([[1, 1, 1, 2, 2, 0, 0], [0, 0, 1, 1, 1, 1, 1]], np.int32)
-    actual = attend(query, keys, values, segment_ids, causal=causal, implementation="reference")
+    actual = attend(query, keys, values, segment_ids, causal=causal, implementation=implementation)
     assert np.isfinite(actual).all()
     for row, head, token in np.ndindex(2, 4, 7):
         segment = segment_ids[row, token]
@@ -36,9 +39,31 @@ def test_segments_and_grouped_heads(causal):
         np.testing.assert_allclose(actual[row, head, token], expected, atol=TOLERANCE)
 
 
+def test_splash_gradients_and_blocks_of_a_mesh():
+    """Two blocks of a row, a head dimension that is padded, rows and heads over devices; against plain attention."""
+    query, keys, values = draw(4, 4, 160, 24), draw(4, 2, 160, 24, seed=1), draw(4, 2, 160, 24, seed=2)
+    segment_ids = np.repeat([[0] * 20 + [1] * 70 + [2] * 70], 4, 0).astype(np.int32)
+    weights = np.where(segment_ids[:, None, :, None] > 0, draw(4, 4, 160, 24, seed=3), 0)
+
+    def gradients(implementation):
+        def weighted(query, keys, values):
+            return (
+                weights * attend(query, keys, values, segment_ids, causal=True, implementation=implementation)
+            ).sum()
+
+        return jax.jit(jax.value_and_grad(weighted, (0, 1, 2)))(query, keys, values)
+
+    expected = gradients("reference")
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        actual = gradients("splash_interpret")
+    np.testing.assert_allclose(actual[0], expected[0], rtol=TOLERANCE)
+    for ours, theirs in zip(actual[1], expected[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+
+
 def test_unknown_implementation():
     x = draw(1, 1, 2, 4)
-    with pytest.raises(ValueError, match="'flash' is unknown"):
+    with pytest.raises(ValueError, match="'flash' is not one of"):
         attend(x, x, x, np.ones((1, 2), np.int32), causal=True, implementation="flash")
 
 

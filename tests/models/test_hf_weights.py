@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen_tiny import example_prompts, random_params, tiny_config, torch_inputs
 from safetensors.numpy import load_file, save_file
 
-from safegrpo_jax.models import hf_weights, qwen_vl
+from safegrpo_jax.models import hf_config, hf_weights, qwen_vl
 from safegrpo_jax.sharding import make_mesh, param_shardings
 
 LOGITS_TOLERANCE = 1e-4  # float32 sums in another order through eight blocks
@@ -33,6 +33,61 @@ def prompt_logits(params, prompts, config):
 def model():
     config = tiny_config()
     return config, random_params(config)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen2_5_vl"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_round_trip_of_other_families(tmp_path, family, tied):
+    config = tiny_config(family, tied=tied)
+    params = random_params(config)
+    hf_weights.export(tmp_path / "model", params, config, max_shard_bytes=200_000)
+    assert hf_config.read_config(tmp_path / "model") == config
+    assert_trees_equal(hf_weights.load(tmp_path / "model", config), params)
+    names = set(json.loads((tmp_path / "model" / hf_weights.INDEX_NAME).read_text())["weight_map"])
+    expected = {
+        "qwen3_vl_moe": {
+            "model.language_model.layers.3.mlp.experts.gate_up_proj",
+            "model.language_model.layers.0.mlp.gate.weight",
+        },
+        "qwen2_5_vl": {"model.layers.3.self_attn.q_proj.bias", "visual.merger.ln_q.weight", "visual.merger.mlp.2.bias"},
+    }
+    assert expected[family] <= names and ("lm_head.weight" in names) is not tied
+
+
+@pytest.mark.parametrize("expert_width", [20, 24, 40], ids=["square-gate-up", "oblong", "square-down"])
+def test_experts_of_either_layout(tmp_path, expert_width):
+    """[expert, in, out] as published, or [expert, out, in]: told apart by shape, even where one tensor is square."""
+    config = tiny_config("qwen3_vl_moe")
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, expert_width=expert_width))
+    params = random_params(config)
+    folder = tmp_path / "model"
+    hf_weights.export(folder, params, config)
+    path = folder / hf_weights.SINGLE_NAME
+    published = load_file(path)["model.language_model.layers.2.mlp.experts.gate_up_proj"]
+    assert published.shape == (16, 40, 2 * expert_width)
+    np.testing.assert_array_equal(  # gate first, then up
+        published[3], np.asarray(params["text"]["layers"]["mlp"]["gate_up"][0, 3]).reshape(40, -1)
+    )
+
+    def turn(tensors):
+        for name in tensors:
+            if ".experts." in name:
+                tensors[name] = np.ascontiguousarray(tensors[name].swapaxes(1, 2))
+
+    rewrite(path, turn)
+    assert_trees_equal(hf_weights.load(folder, config), params)
+
+
+def test_experts_of_mixed_layouts_are_refused(tmp_path):
+    config = tiny_config("qwen3_vl_moe")
+    hf_weights.export(tmp_path / "model", random_params(config), config)
+    name = "model.language_model.layers.1.mlp.experts.down_proj"
+    rewrite(
+        tmp_path / "model" / hf_weights.SINGLE_NAME,
+        lambda tensors: tensors.update({name: np.ascontiguousarray(tensors[name].swapaxes(1, 2))}),
+    )
+    with pytest.raises(ValueError, match=rf"{name} has shape \(16, 40, 24\), expected \(16, 24, 40\)"):
+        hf_weights.load(tmp_path / "model", config)
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +150,16 @@ def test_export_loads_in_transformers_with_equal_logits(tmp_path, tied, max_shar
 
 def test_round_trip_is_exact(model, exported):
     config, params = model
-    assert hf_weights.read_config(exported) == config
+    assert hf_config.read_config(exported) == config
     assert_trees_equal(hf_weights.load(exported, config), params)
 
 
 def test_bfloat16_round_trip(model, tmp_path):
     config, params = model
     half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params)
-    hf_weights.export(tmp_path / "half", half, config, hf_config=config.to_hf() | {"torch_dtype": "float32"})
+    hf_weights.export(
+        tmp_path / "half", half, config, hf_config=hf_config.config_to_hf(config) | {"torch_dtype": "float32"}
+    )
     content = json.loads((tmp_path / "half" / "config.json").read_text())
     assert content["dtype"] == "bfloat16" and "torch_dtype" not in content
     assert_trees_equal(hf_weights.load(tmp_path / "half", config, dtype=jnp.bfloat16), half)
@@ -117,7 +174,7 @@ def test_load_straight_into_shards(model, exported):
     shardings = param_shardings(params, mesh)
     loaded = hf_weights.load(exported, config, shardings=shardings)
     assert_trees_equal(loaded, params)
-    gate = loaded["text"]["layers"]["gate"]["kernel"]
+    gate = loaded["text"]["layers"]["mlp"]["gate"]["kernel"]
     assert gate.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert gate.addressable_shards[0].data.shape == (2, 20, 28)
 
@@ -126,7 +183,7 @@ def test_stacked_axis_can_be_sharded_too(model, exported):
     config, params = model
     mesh = make_mesh({"stage": 2, "data": 4})
     shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
-    shardings["text"]["layers"]["gate"]["kernel"] = NamedSharding(mesh, PartitionSpec("stage"))
+    shardings["text"]["layers"]["mlp"]["gate"]["kernel"] = NamedSharding(mesh, PartitionSpec("stage"))
     assert_trees_equal(hf_weights.load(exported, config, shardings=shardings), params)
 
 
@@ -208,7 +265,7 @@ def test_export_refuses(model, exported, tmp_path):
         hf_weights.export(exported, params, config)
     wider = dataclasses.replace(config, text=dataclasses.replace(config.text, mlp_width=64))
     with pytest.raises(ValueError, match="another model"):
-        hf_weights.export(tmp_path / "new", params, config, hf_config=wider.to_hf())
+        hf_weights.export(tmp_path / "new", params, config, hf_config=hf_config.config_to_hf(wider))
     mixed = params | {"vision": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["vision"])}
     with pytest.raises(ValueError, match="dtypes"):
         hf_weights.export(tmp_path / "new", mixed, config)
@@ -218,8 +275,9 @@ def test_export_refuses(model, exported, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(architectures=["Qwen2_5_VLForConditionalGeneration"]), "only dense Qwen3-VL"),
-        (lambda c: c.update(model_type="qwen3_vl_moe"), "only dense Qwen3-VL"),
+        (lambda c: c.update(architectures=["Qwen2_5_VLForConditionalGeneration"]), "is not supported; known pairs"),
+        (lambda c: c.update(model_type="qwen3_vl_moe"), "is not supported; known pairs"),
+        (lambda c: c.update(model_type="llava", architectures=["Llava"]), "model_type 'llava' is not supported"),
         (lambda c: c.update(quantization_config={"quant_method": "fp8"}), "quantization_config"),
         (lambda c: c["text_config"].pop("rope_theta"), r"text_config\.rope_theta is missing"),
         (lambda c: c["text_config"]["rope_scaling"].pop("mrope_section"), "mrope_section is missing"),
@@ -235,16 +293,40 @@ def test_export_refuses(model, exported, tmp_path):
 def test_read_config_refuses(folder, change, message):
     change_config(folder, change)
     with pytest.raises(ValueError, match=message):
-        hf_weights.read_config(folder)
+        hf_config.read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen3_vl_moe", lambda c: c["text_config"].pop("num_experts"), r"text_config\.num_experts is missing"),
+        ("qwen3_vl_moe", lambda c: c["text_config"].update(decoder_sparse_step=2), "decoder_sparse_step is 2"),
+        ("qwen3_vl_moe", lambda c: c["text_config"].update(mlp_only_layers=[1]), r"mlp_only_layers is \[1\]"),
+        ("qwen3_vl_moe", lambda c: c["text_config"].update(norm_topk_prob=False), "norm_topk_prob is False"),
+        ("qwen3_vl_moe", lambda c: c["text_config"].update(num_experts_per_tok=17), "experts_per_token 17"),
+        ("qwen2_5_vl", lambda c: c.pop("rope_theta"), "config.json: rope_theta is missing"),
+        ("qwen2_5_vl", lambda c: c["rope_scaling"].pop("mrope_section"), "mrope_section is missing"),
+        ("qwen2_5_vl", lambda c: c["rope_scaling"].update(mrope_section=[4, 2, 2]), "mrope_section"),
+        ("qwen2_5_vl", lambda c: c.update(use_sliding_window=True), "use_sliding_window is True"),
+        ("qwen2_5_vl", lambda c: c["vision_config"].pop("window_size"), r"vision_config\.window_size is missing"),
+        ("qwen2_5_vl", lambda c: c["vision_config"].update(window_size=36), "window_size 36 must be a multiple"),
+        ("qwen2_5_vl", lambda c: c["vision_config"].update(fullatt_block_indexes=[9]), r"full_layers \(9,\)"),
+    ],
+)
+def test_read_config_of_other_families_refuses(family, change, message):
+    content = json.loads(json.dumps(hf_config.config_to_hf(tiny_config(family))))
+    change(content)
+    with pytest.raises(ValueError, match=message):
+        hf_config.config_from_hf(content)
 
 
 def test_read_config_of_nothing_and_of_rubbish(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        hf_weights.read_config(tmp_path / "absent")
+        hf_config.read_config(tmp_path / "absent")
     for text in ("{", "[]"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json"):
-            hf_weights.read_config(tmp_path)
+            hf_config.read_config(tmp_path)
 
 
 def test_read_config_accepts_both_rope_spellings(model, folder):
@@ -253,6 +335,6 @@ def test_read_config_accepts_both_rope_spellings(model, folder):
         text["rope_parameters"] = {**text.pop("rope_scaling"), "rope_theta": text.pop("rope_theta")}
         content["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": 10000.0}
 
-    assert hf_weights.read_config(folder) == model[0]
+    assert hf_config.read_config(folder) == model[0]
     change_config(folder, modernise)
-    assert hf_weights.read_config(folder) == model[0]
+    assert hf_config.read_config(folder) == model[0]

@@ -17,7 +17,7 @@ def test_published_interleaving():
 
 def test_text_angles_take_each_frequency_from_its_axis():
     positions = np.array([2, 5, 11], np.int32).reshape(3, 1, 1)
-    angles = text_angles(positions, 16, 1e4, (4, 2, 2))[0, 0]
+    angles = text_angles(positions, 16, 1e4, interleaved_axes((4, 2, 2), 8))[0, 0]
     expected = [position * 1e4 ** (-2 * j / 16) for j, position in enumerate([2, 5, 11, 2, 5, 11, 2, 2])]
     np.testing.assert_allclose(angles, expected, atol=ANGLE_TOLERANCE)
 
@@ -29,7 +29,7 @@ def test_equal_axes_are_plain_rotation_and_scores_depend_on_distance_only():
     def score(query_position, key_position):
         rotated = []
         for x, position in ((query, query_position), (key, key_position)):
-            angles = text_angles(np.full((3, 1, 1), position, np.int32), 16, 1e4, (4, 2, 2))
+            angles = text_angles(np.full((3, 1, 1), position, np.int32), 16, 1e4, interleaved_axes((4, 2, 2), 8))
             rotated.append(rotate(x, jnp.cos(angles), jnp.sin(angles)))
         return float((rotated[0] * rotated[1]).sum())
 

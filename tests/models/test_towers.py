@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from qwen_tiny import IMAGE_GRID_THW, example_prompts, real_patches, tiny_config, torch_model
+from qwen_tiny import example_prompts, grid_thw, real_patches, tiny_config, torch_model
 
 from safegrpo_jax.models import hf_weights, qwen_vl
 from safegrpo_jax.models.attention import attend
@@ -32,7 +32,7 @@ def assert_close(actual, expected):
 def test_vision_tower_and_deepstack_taps(twins):
     config, params, model = twins
     images = example_prompts().images
-    expected = model.model.visual(torch.from_numpy(real_patches(images)), torch.tensor(IMAGE_GRID_THW))
+    expected = model.model.visual(torch.from_numpy(real_patches(images)), grid_thw())
     features = jax.jit(qwen_vl.encode_images, static_argnums=2)(params, images, config)
     real = images.segment_ids.reshape(-1)[::4] > 0
     assert_close(features.main[real], expected.pooler_output)
@@ -54,7 +54,7 @@ def test_text_block(twins):
     @jax.jit
     def run(weights, x, positions):
         block = nnx.merge(graph, weights)
-        angles = text_angles(positions, config.text.head_dim, config.text.rope_theta, config.text.mrope_section)
+        angles = text_angles(positions, config.text.head_dim, config.text.rope_theta, config.text.mrope_axes)
         query, keys, values = block.heads(x, jax.numpy.cos(angles), jax.numpy.sin(angles))
         segments = np.ones((2, 7), np.int32)
         return block.finish(x, attend(query, keys, values, segments, causal=True, implementation="reference"))
