@@ -2,9 +2,9 @@
 
 Owns the two rule sets. `reference` is the published reward, equal to what Python `re` finds in the decoded
 response. `strict` closes the holes the published patterns leave open: markers exactly once and in order, and a
-refusal is a first-person phrase at the head of the answer. A config may add machines that look for texts of its own, or
-that compare the answer with a list. Small machines instead of their product: the
-product has a hundred times more states and says nothing more.
+refusal is a first-person phrase at the head of the answer. A config may add machines that look for texts of its own,
+or that compare the answer with a list. Small machines instead of their product: the product has a hundred times more
+states and says nothing more.
 Source: SafeGRPO, arXiv 2511.12982, and its published reward function.
 """
 

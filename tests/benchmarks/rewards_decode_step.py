@@ -73,7 +73,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     pieces = token_bytes(AutoTokenizer.from_pretrained(arguments.tokenizer), VOCABULARY)
     tables = jax.device_put(build_tables("reference", pieces))
-    model = qwen_vl.QwenVLConfig(vision=VISION, text=TEXT)
+    model = qwen_vl.QwenVLConfig(VISION, TEXT, *range(4))  # the ids of the vision tokens do not matter here
     params = qwen_vl.init_params(model, jax.random.key(0))
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(params['text'])) / 1e6:.1f} M parameters in the text decoder")
     loop = decode_loop(model, arguments.steps)
