@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from safegrpo_jax.models.rope import interleaved_axes, rotate, text_angles, vision_angles
+from safegrpo_jax.models.rope import contiguous_axes, interleaved_axes, rotate, text_angles, vision_angles
 
 ANGLE_TOLERANCE = 1e-6  # float32 rounding of angles of a few units
 PRODUCT_TOLERANCE = 1e-5  # float32 rounding of dot products of a few units
@@ -13,6 +13,11 @@ def test_published_interleaving():
     axes = interleaved_axes((24, 20, 20), 64)
     assert "".join("thw"[axis] for axis in axes) == "thw" * 20 + "tttt"
     assert np.bincount(axes).tolist() == [24, 20, 20]
+
+
+def test_published_runs():
+    axes = contiguous_axes((16, 24, 24))
+    assert "".join("thw"[axis] for axis in axes) == "t" * 16 + "h" * 24 + "w" * 24
 
 
 def test_text_angles_take_each_frequency_from_its_axis():
