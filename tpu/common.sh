@@ -66,7 +66,7 @@ usage() {
 
 parse_flags() {
   local flag value
-  ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "bash $BASH_VERSION is too old; install bash 4.4 or newer"
+  ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "bash $BASH_VERSION is too old; install 4.4 or newer"
   while (($#)); do
     case $1 in
       --) break ;;
