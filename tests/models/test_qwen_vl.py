@@ -115,6 +115,43 @@ def test_images_of_one_packing_row_are_isolated(random_model):
         assert np.abs(old[second] - new[second]).max() > 0.01
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_batch_equals_prompts_alone(family):
+    """Packed images and left padding against each prompt by itself, its images in rows of their own, no padding."""
+    config = tiny_config(family, scan_layers=True)
+    params = random_params(config)
+    together = example_prompts()
+    expected = prompt_hidden(params, together, config)
+    segment_ids = together.images.segment_ids
+    for b in range(2):
+        real = together.prompt_mask[b]
+        places = [(row, segment) for row, segment in ((0, 1), (0, 2), (1, 1)) if row == b]
+        longest = max((segment_ids[row] == segment).sum() for row, segment in places)
+
+        def alone(array, places=places, longest=longest):
+            rows = np.zeros((len(places), longest, *array.shape[2:]), array.dtype)
+            for new_row, (row, segment) in enumerate(places):
+                values = array[row][segment_ids[row] == segment]
+                rows[new_row, : len(values)] = values
+            return rows
+
+        images = jax.tree.map(alone, together.images)
+        features = np.flatnonzero(images.segment_ids.reshape(-1)[::4])
+        index = np.zeros(real.sum(), np.int32)
+        index[together.vision_mask[b][real]] = features
+        single = text_hidden(
+            params,
+            together.prompt_ids[b : b + 1, real],
+            together.prompt_mask[b : b + 1, real],
+            together.positions[:, b : b + 1, real],
+            together.vision_mask[b : b + 1, real],
+            index[None],
+            encode_images(params, images, config),
+            config,
+        )
+        np.testing.assert_allclose(single[0], expected[b, real], atol=CACHE_TOLERANCE)
+
+
 def test_execution_choices_change_no_result(random_model):
     """Scanned layers against unrolled ones; the gradients of scanned, recomputed layers are compared above."""
     config, params = random_model
