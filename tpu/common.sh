@@ -95,7 +95,7 @@ parse_flags() {
   # scp reads NAME:PATH, so these would name another machine or a local file.
   [[ $name != *[:/@]* ]] || die "--name=$name: may not hold ':', '/' or '@'; use letters, digits and hyphens"
   require_number slices "$slices"
-  [[ -z $env_file || -f $env_file ]] || die "--env-file=$env_file: there is no such file; write lines NAME=value into it"
+  [[ -z $env_file || -f $env_file ]] || die "--env-file=$env_file: no such file; write lines NAME=value into it"
   read_accelerator
   location=(--zone="$zone" --project="$project")
   nodes=("$name")
@@ -158,8 +158,8 @@ require_number() {
   [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || die "--$1=$2: not a whole number above 0; write e.g. --$1=10"
 }
 
-# Hosts of a slice and the default runtime. v4 and v5p count TensorCores, two a chip; v5e and v6e count chips. A host has
-# four chips, but v5e and v6e slices of up to eight chips are one host.
+# Hosts of a slice and the default runtime. v4 and v5p count TensorCores, two a chip; v5e and v6e count chips. A host
+# has four chips, but v5e and v6e slices of up to eight chips are one host.
 read_accelerator() {
   local family=${accelerator%-*} count=${accelerator##*-} default
   [[ $family == v4 || $family == v5p || $family == v5litepod || $family == v6e ]] ||
@@ -221,7 +221,9 @@ check_keep() {
         [[ $multi_host == yes ]] ||
           die "$word: this version of the program writes local folders only; use --keep=gs://BUCKET/FOLDER"
         ;;
-      --workdir=workdirs/?*) [[ -z $keep || $word != *..* ]] || die "$word: --keep copies workdirs/ only; drop the '..'" ;;
+      --workdir=workdirs/?*)
+        [[ -z $keep || $word != *..* ]] || die "$word: --keep copies workdirs/ only; drop the '..'"
+        ;;
       --workdir=*) [[ -z $keep ]] || die "$word: --keep copies workdirs/ only; write --workdir=workdirs/NAME" ;;
     esac
   done

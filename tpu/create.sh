@@ -46,7 +46,7 @@ while true; do
   case $state in
     ACTIVE) exit 0 ;;
     FAILED | SUSPENDING | SUSPENDED)
-      say "error: $name is $state; \"gcloud compute tpus queued-resources describe\" says why; free it with tpu/delete.sh"
+      say "error: $name is $state (queued-resources describe says why); free it with tpu/delete.sh"
       exit 1
       ;;
     MISSING)
@@ -55,7 +55,7 @@ while true; do
       ;;
   esac
   if ((SECONDS + own[poll] > deadline)); then
-    say "error: $name is $state after --timeout=${own[timeout]}; it stays in the queue: wait with --wait-only, or tpu/delete.sh"
+    say "error: $name is $state after --timeout=${own[timeout]}; it stays queued: --wait-only, or tpu/delete.sh"
     exit 1
   fi
   sleep "${own[poll]}"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Watches a run and brings it back after pre-emption: deletes the dead resource, creates it again, sets it up, starts the
-# same command, which goes on from its last checkpoint. Also starts a run from nothing. Ends when the run does.
+# Watches a run and brings it back after pre-emption: deletes the dead resource, creates it again, sets it up, starts
+# the same command, which goes on from its last checkpoint. Also starts a run from nothing. Ends when the run does.
 #
 #     tpu/resume.sh --name=demo --zone=us-east5-b --project=mine --accelerator=v6e-8 --spot \
 #         --keep=gs://mine/runs/demo -- python -m safegrpo_jax.main --config=configs/base.py
 #
-# A run that exits with 0 is finished, with 143 was pre-empted, with 130 was interrupted by a person; any other code is a
-# failure. Only a pre-empted run is started again; this script ends with the code of the others. Stopping this script
+# A run that exits with 0 is finished, with 143 was pre-empted, with 130 was interrupted by a person; any other code is
+# a failure. Only a pre-empted run is started again; this script ends with the code of the others. Stopping this script
 # stops nothing on the slice: the same command watches again. The slice is left standing when the run is over.
 #
 #   --keep=gs://FOLDER   as for tpu/run.sh; needed, because a deleted VM takes its disk along
@@ -48,7 +48,7 @@ count_try() {
 count_silence() {
   silence=$((silence + 1))
   if ((silence >= own[max-silence])); then
-    say "error: no answer from $1 in --max-silence=${own[max-silence]} looks; the run may still go on: look with tpu/status.sh"
+    say "error: no answer from $1 in --max-silence=${own[max-silence]} looks; the run may go on: tpu/status.sh"
     [[ ! -f $scratch/status.txt ]] || tail -n 3 "$scratch/status.txt" >&2
     exit 1
   fi

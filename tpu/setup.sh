@@ -29,7 +29,8 @@ for node in "${nodes[@]}"; do
   if [[ -n $env_file ]]; then
     # The file is made private first, then filled: it is never readable by others.
     remote_shell "$node" all 'touch safegrpo_jax.env && chmod 600 safegrpo_jax.env'
-    execute gcloud compute tpus tpu-vm scp "$scratch/safegrpo_jax.env" "$node:safegrpo_jax.env" "${location[@]}" --worker=all
+    execute gcloud compute tpus tpu-vm scp "$scratch/safegrpo_jax.env" "$node:safegrpo_jax.env" \
+      "${location[@]}" --worker=all
   fi
   remote_shell "$node" all "$unpack"
   remote_worker "$node" all "${install[@]}"

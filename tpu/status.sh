@@ -19,5 +19,6 @@ else
 fi
 for node in "${nodes[@]}"; do
   # Asked in one shell line, because before setup there is no worker.sh to ask.
-  remote_shell "$node" all 'if [ -x safegrpo_jax/tpu/worker.sh ]; then safegrpo_jax/tpu/worker.sh status; else echo "run: absent"; fi'
+  worker=safegrpo_jax/tpu/worker.sh
+  remote_shell "$node" all "if [ -x $worker ]; then $worker status; else echo 'run: absent'; fi"
 done

@@ -59,7 +59,8 @@ start() { # keep, seconds, command
 restore() {
   if [[ -f .run/restored ]]; then
     # Copying removes from the bucket what is not here, so it must never meet another run's folder.
-    [[ $(cat .run/restored) == "$1" ]] || die "--keep=$1: this VM keeps its run in $(cat .run/restored); use that, or a new VM"
+    [[ $(cat .run/restored) == "$1" ]] ||
+      die "--keep=$1: this VM keeps its run in $(cat .run/restored); use that, or a new VM"
     return 0
   fi
   date -u +%FT%TZ >.run/kept_at.txt
@@ -69,8 +70,8 @@ restore() {
   printf '%s\n' "$1" >.run/restored
 }
 
-# A checkpoint counts once its files.json exists, a stage once its finished.json does, so those go last, from a snapshot: a copy that is cut anywhere holds
-# only checkpoints that are whole. The snapshot is hard links, so it costs neither time nor space.
+# A checkpoint counts once its files.json exists, a stage once its finished.json does, so those go last, from a
+# snapshot: a copy that is cut anywhere holds only whole checkpoints. The snapshot is hard links: no time, no space.
 keep_now() {
   rm -rf .run/snapshot
   cp --archive --link workdirs .run/snapshot || return 1
@@ -96,7 +97,8 @@ load_environment() {
   [[ -f ../safegrpo_jax.env ]] || return 0
   while IFS= read -r line || [[ -n $line ]]; do
     [[ -z $line || $line == '#'* ]] && continue
-    [[ $line =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die "--env-file: a line is not NAME=value; correct the file and run tpu/setup.sh"
+    [[ $line =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
+      die "--env-file: a line is not NAME=value; correct the file and run tpu/setup.sh"
     export "${line?}"
   done <../safegrpo_jax.env
 }
