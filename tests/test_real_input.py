@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from configs import cpu_demo
 from safegrpo_jax import config as config_lib
@@ -71,12 +72,13 @@ def write_photographs(folder):
     return folder
 
 
-def real_config(model, data, cache_folder):
+def real_config(model, data, cache_folder, lora_rank=0):
     values = cpu_demo.get_config("smoke")
     values.cache_folder = str(cache_folder)
     values.mesh.data = values.mesh.cpu_devices = 8
     values.model.path, values.data.path = str(model), str(data)
     values.model.freeze_vision = False
+    values.model.lora.rank = lora_rank
     values.processor.patch_size, values.processor.position_table_side = 16, 8
     values.processor.min_pixels, values.processor.max_pixels = 32 * 32, 128 * 128
     values.processor.prompt_buckets, values.processor.patch_buckets = (64,), (64,)
@@ -123,6 +125,24 @@ def test_real_input_trains_resumes_and_exports(tied, tmp_path):
     assert (tmp_path / "run" / "export" / "model.safetensors").read_bytes() == exported
 
     check_export(second, tmp_path / "run" / "export")
+
+
+def test_adapters_of_a_real_checkpoint(tmp_path):
+    """They start at the checkpoint, are all that the optimizer holds, and leave no trace in the export."""
+    model = write_model(tmp_path / "model", tied=False)
+    config = real_config(model, write_photographs(tmp_path / "data"), tmp_path / "cache", lora_rank=2)
+    run = build(config, tmp_path / "run")
+    with jax.set_mesh(run.mesh):
+        params = run.initial_params()
+        folder = run.export(params)
+    assert jax.tree.structure(params) == jax.tree.structure(run.programs.abstract_params)
+    num_adapters = 4 * 2 * 2  # q, k, v, o; A and B; tapped and other layers
+    opt_state = jax.eval_shape(run.programs.init_state["grpo"], params).opt_state
+    assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(opt_state)) == 2 * num_adapters
+    original, exported = (load_file(where / "model.safetensors") for where in (model, folder))
+    assert original.keys() == exported.keys()
+    for name, weight in original.items():
+        np.testing.assert_array_equal(exported[name], weight)
 
 
 def check_export(run, folder):

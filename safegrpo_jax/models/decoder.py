@@ -1,7 +1,6 @@
 """The text decoder of the Qwen-VL families: grouped-query attention, M-RoPE, a gated MLP or experts, deepstack adds.
 
 The families differ by fields of `TextConfig`: q/k norms, biases of q, k, v, the order of M-RoPE, experts.
-
 After layer j < number of taps the j-th deepstack feature is added at the vision tokens, so the stack is kept as
 two: `deepstack_layers` and `layers`. Decoding runs the same blocks on one token per rollout against a cache
 that goes in and comes out. Source: huggingface/transformers modeling_qwen3_vl.py,

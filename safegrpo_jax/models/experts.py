@@ -2,6 +2,7 @@
 
 Assignments are sorted by expert, so each expert's tokens are one contiguous run and three grouped matmuls
 (`jax.lax.ragged_dot`) do the work of all experts: shapes are static, there is no capacity, and gradients are exact.
+A TPU has an instruction for them; on a CPU jax computes every expert for every token, which is exact and slow.
 Under a mesh each data shard sorts its own tokens: a sort over the whole batch would bring every token to every device.
 Source: huggingface/transformers modeling_qwen3_vl_moe.py (numeric oracle).
 """
