@@ -187,7 +187,7 @@ def grpo_step(
         )
     advantages = experience.advantages
     if step % run.config.train.dump_rollouts_every == 0 or step == run.config.train.num_steps:
-        _dump(run, records, rollouts, rewards, np.asarray(advantages).max(-1) + np.asarray(advantages).min(-1), step)
+        _dump(run, records, rollouts, rewards, np.asarray(advantages)[:, 0], step)
     with timer("update"):
         state, update_stats = jax.block_until_ready(run.programs.update(state, experience, replay))
     metrics = {name: float(value) for name, value in (jax.device_get(stats) | jax.device_get(update_stats)).items()}
@@ -195,7 +195,7 @@ def grpo_step(
 
 
 def _dump(run: Run, records, rollouts: Rollouts, rewards: Rewards, advantages: np.ndarray, step: int) -> None:
-    # An advantage is one number over the tokens of a row and 0 on its padding: max + min is that number.
+    # The first token of a completion lies in no tag: its advantage is that of the completion, also with span credit.
     images = [save_image(run.workdir, record.images[0]) if record.images else "" for record in records]
     rollouts, rewards = jax.device_get((rollouts, rewards))
     rows = rollout_rows(records, images, rollouts, rewards, run.processor, run.token_bytes, step, advantages)
