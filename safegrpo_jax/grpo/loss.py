@@ -244,13 +244,11 @@ def grpo_loss(
     are token means; loss, surrogate, KL and entropy follow the aggregation. The importance ratios are those of the
     policy over the behaviour, as they are, without a cap.
     """
-    match config.ratio_anchor:
-        case "behavior":
-            anchor_logps = behavior_logps
-        case "proximal":
-            anchor_logps = proximal_logps
-        case _:
-            anchor_logps = jax.lax.stop_gradient(policy_logps)
+    anchor_logps = {
+        "behavior": behavior_logps,
+        "proximal": proximal_logps,
+        "policy": jax.lax.stop_gradient(policy_logps),
+    }[config.ratio_anchor]
     surrogate, ratio, clipped, dual_clipped = surrogate_terms(policy_logps, anchor_logps, advantages, mask, config)
     surrogate = surrogate * importance_weights(anchor_logps, behavior_logps, mask, config)
 
