@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from safegrpo_jax.data.records import IMAGE_MARK
 
 IMAGE_TOKEN = "<|image_pad|>"
+VIDEO_TOKEN = "<|video_pad|>"
 REASONING_START = "<think>\n"  # what the templates of thinking models put before the response
 
 
@@ -114,6 +115,8 @@ class ChatTokenizer:
                 f"the chat template wrote {ids.count(self.image_token_id)} image tokens for {num_images} images; "
                 "use the template of a vision-language checkpoint"
             )
+        if self._added_ids.get(VIDEO_TOKEN) in ids:
+            raise ValueError(f"the chat template or the instruction wrote {VIDEO_TOKEN}: videos are not supported")
         return ids
 
     def encode_response(self, response: str, prompt_ids: Sequence[int]) -> list[int]:

@@ -42,6 +42,8 @@ def _open(data: bytes, max_image_pixels: int) -> Image.Image:
     except Image.DecompressionBombError:
         raise ValueError(f"image has more pixels than max_image_pixels={max_image_pixels}; resize it") from None
     except UnidentifiedImageError:
+        if _is_video(data):
+            raise ValueError("this is a video: videos are not supported; give still frames as images") from None
         raise ValueError(f"not a readable image; supported: {', '.join(_FORMATS)}") from None
     except _BROKEN as error:
         raise ValueError(f"not a readable image ({_one_line(error)}); supported: {', '.join(_FORMATS)}") from None
@@ -55,6 +57,13 @@ def _open(data: bytes, max_image_pixels: int) -> Image.Image:
     if image.mode not in _MODES:
         raise ValueError(f"image mode {image.mode} has more than 8 bits per channel; convert it to 8 bits")
     return image
+
+
+def _is_video(data: bytes) -> bool:
+    """MP4 and its kin (but not the still images of that container), Matroska and WebM, AVI, MPEG."""
+    if data[4:8] == b"ftyp":
+        return data[8:12] not in (b"avif", b"heic", b"heix", b"mif1")
+    return data.startswith((b"\x1aE\xdf\xa3", b"\x00\x00\x01\xba")) or data[:4] + data[8:12] == b"RIFFAVI "
 
 
 def _one_line(error: Exception) -> str:

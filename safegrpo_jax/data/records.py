@@ -5,7 +5,7 @@ The one idea: each format yields plain rows `{column: value}`, and one function 
 is wrong with it, so that all formats fail alike, naming file and row (rows count from 0).
 
 Columns are those of SafeTag-VL-3K (`prompt, images, text_tag, image_tag, combine_tag`); optional are `category, split,
-response, tagged, answer`. A `split` column, where filled, selects the rows of a file.
+response, tagged, answer`. A `split` column, where filled, selects the rows of a file. Rows with videos are refused.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from safegrpo_jax.data.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, check_im
 
 TAGS = ("safe", "unsafe")
 IMAGE_MARK = "<image>"  # in a prompt: the place of an image; a prompt without marks has its images first
+VIDEO_MARK = "<video>"  # the place of a video in data sets that have them; refused
 TAG_COLUMNS = ("text_tag", "image_tag", "combine_tag")
 REQUIRED_COLUMNS = ("prompt", "images", *TAG_COLUMNS)
 OPTIONAL_COLUMNS = ("category", "split", "response", "tagged", "answer")
+VIDEO_COLUMNS = ("video", "videos")  # read only to refuse rows that fill them
 
 _READ_ROWS = 64  # rows of parquet in memory at a time, besides the records kept
 
@@ -152,7 +154,7 @@ def _parquet_rows(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
             for name in REQUIRED_COLUMNS:
                 if name not in present:
                     raise ValueError(f"{file} has no column {name!r}; it has {', '.join(present)}")
-            columns = [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if name in present]
+            columns = [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *VIDEO_COLUMNS) if name in present]
             number = 0
             for batch in parquet.iter_batches(batch_size=_READ_ROWS, columns=columns):
                 for row in batch.to_pylist():
@@ -191,6 +193,7 @@ def _to_record(
     for name in TAG_COLUMNS:
         if tagged and texts[name] not in TAGS:
             raise ValueError(f"{name} is {texts[name]!r}; it must be one of {', '.join(TAGS)}")
+    _refuse_videos(row, texts["prompt"])
     images = _images(row["images"], file.parent, max_image_bytes)
     for index, image in enumerate(images):
         try:
@@ -204,6 +207,19 @@ def _to_record(
         raise ValueError("prompt is empty and there is no image; remove the row")
     texts["split"] = texts["split"] or split
     return Record(**texts, images=images, tagged=tagged, record_id=record_id)
+
+
+def _refuse_videos(row: dict[str, Any], prompt: str) -> None:
+    for name in VIDEO_COLUMNS:
+        value = row.get(name)
+        if any(value.values()) if isinstance(value, dict) else value:
+            raise ValueError(
+                f"{name} is filled: videos are not supported; give still frames in images, or remove the row"
+            )
+    if VIDEO_MARK in prompt:
+        raise ValueError(
+            f"prompt has a {VIDEO_MARK} mark: videos are not supported; give still frames, or remove the row"
+        )
 
 
 def _text(value: Any, name: str, may_be_empty: bool) -> str:

@@ -109,6 +109,18 @@ def test_template_without_images_is_refused(small_tokenizer):
         ChatTokenizer(tokenizer).encode_prompt("x", 1, "", reasoning=True)
 
 
+@pytest.mark.parametrize("source", ["template", "instruction"])
+def test_videos_are_refused(small_tokenizer, source):
+    tokenizer = copy.deepcopy(small_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|video_pad|>"]}, replace_extra_special_tokens=False)
+    assert ChatTokenizer(tokenizer).encode_prompt("x <|video_pad|>", 1, "", reasoning=True)  # of a user it is text
+    instruction = "look at <|video_pad|>" if source == "instruction" else ""
+    if source == "template":
+        tokenizer.chat_template += "{{ '<|video_pad|>' }}"
+    with pytest.raises(ValueError, match=r"wrote <\|video_pad\|>: videos are not supported"):
+        ChatTokenizer(tokenizer).encode_prompt("x", 1, instruction, reasoning=True)
+
+
 def test_folders_are_checked(tmp_path, small_tokenizer):
     with pytest.raises(ValueError, match="nowhere does not exist"):
         ChatTokenizer.from_folder(tmp_path / "nowhere")

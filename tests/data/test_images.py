@@ -167,6 +167,21 @@ def test_bomb_is_refused_by_its_header():
         images.check_image(encode(random_image(50, 60)), max_image_pixels=2999)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [b"\0\0\0\x20ftypisom", b"\0\0\0\x14ftypqt  ", b"\x1aE\xdf\xa3", b"RIFF\x99\0\0\0AVI LIST", b"\0\0\x01\xba"],
+    ids=["mp4", "mov", "webm", "avi", "mpeg"],
+)
+def test_videos_are_refused_as_such(head):
+    with pytest.raises(ValueError, match="this is a video: videos are not supported; give still frames"):
+        images.check_image(head + bytes(200))
+
+
+def test_still_images_of_other_formats_are_no_videos():
+    with pytest.raises(ValueError, match="not a readable image; supported: JPEG"):
+        images.check_image(b"\0\0\0\x20ftypavif" + bytes(200))
+
+
 def test_other_refusals():
     with pytest.raises(ValueError, match="max_image_bytes=10"):
         images.check_image(encode(random_image(4, 4)), max_image_bytes=10)

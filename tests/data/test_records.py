@@ -100,6 +100,10 @@ def test_photographs_of_several_sizes(tmp_path, row):
         ({"images": [{"bytes": b"GIF89a", "path": ""}]}, "image 0: not a readable image"),
         ({"images": [{"bytes": None, "path": None}]}, "image 0 is neither bytes"),
         ({"images": [{"bytes": None, "path": "/etc/hostname"}]}, "lies outside"),
+        ({"videos": [b"mp4"]}, "videos is filled: videos are not supported"),
+        ({"video": {"bytes": b"mp4", "path": None}}, "video is filled: videos are not supported"),
+        ({"prompt": "<video>look"}, "prompt has a <video> mark: videos are not supported"),
+        ({"images": [{"bytes": b"\0\0\0\x18ftypmp42" + bytes(99), "path": "a.mp4"}]}, "image 0: this is a video"),
     ],
 )
 def test_bad_parquet_rows(tmp_path, row, changes, reason):
@@ -209,6 +213,21 @@ def test_bad_files(tmp_path, row, on_bad_row):
 def test_unknown_policy_is_refused(tmp_path):
     with pytest.raises(ValueError, match="on_bad_row is 'ignore'"):
         read_records(tmp_path, "train", on_bad_row="ignore")
+
+
+def test_empty_video_columns_are_no_videos(tmp_path, row):
+    empty = [row(videos=[], video=None), row(videos=None, video={"bytes": None, "path": None})]
+    for path in (write_parquet(tmp_path / "a.parquet", empty), write_jsonl(tmp_path / "a.jsonl", [
+        {**one, "images": []} for one in empty
+    ])):  # fmt: skip
+        assert len(read_records(path, "train")[0]) == 2
+
+
+def test_chat_messages_with_a_video_are_no_prompt(tmp_path, row):
+    messages = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "what happens?"}]
+    path = write_jsonl(tmp_path / "train.jsonl", [row(prompt=messages, images=[])])
+    with pytest.raises(ValueError, match=r"row 0: prompt is .*'type': 'video'.* not text"):
+        read_records(path, "train")
 
 
 def test_untagged_rows_need_no_tags(tmp_path, row):
