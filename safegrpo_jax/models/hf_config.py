@@ -7,6 +7,7 @@ A missing key is never guessed: the defaults of transformers differ from the pub
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ EXPERT_KEYS = {
 }
 # Other spellings of a key, in files that have no key of the first name.
 ALIASES = {"in_channels": "in_chans", "num_experts": "num_local_experts"}
+SECTION_KEYS = ("vision_config", "text_config")
+LIST_KEYS = ("deepstack_visual_indexes", "fullatt_block_indexes", "mrope_section")
+REAL_KEYS = ("rms_norm_eps", "rope_theta")
+LARGEST_SIZE = 2**31 - 1
 
 
 def read_config(folder: str | Path) -> QwenVLConfig:
@@ -95,17 +100,24 @@ def config_from_hf(content: dict[str, Any]) -> QwenVLConfig:
       ValueError: another architecture, a missing key, a quantised checkpoint, or a setting this model lacks.
     """
     family = content.get("model_type")
-    if family not in ARCHITECTURES or content.get("architectures") != [ARCHITECTURES[family]]:
+    if (
+        not isinstance(family, str)
+        or family not in ARCHITECTURES
+        or content.get("architectures") != [ARCHITECTURES[family]]
+    ):
         raise ValueError(
             f"config.json: architectures {content.get('architectures')} with model_type {family!r} is not supported;"
             f" known pairs are {', '.join(f'{name} with {kind}' for kind, name in ARCHITECTURES.items())}"
         )
     if "quantization_config" in content:
         raise ValueError("quantization_config is set: quantised weights are refused, use the bfloat16 checkpoint")
+    _expect(content, "", "tie_word_embeddings", True, False)
     vision = _required(content, "vision_config")
     ids = {name: _required(content, name) for name in TOKEN_ID_NAMES}
     if family == "qwen2_5_vl":
-        text = content.get("text_config", content)  # published files are flat: text sizes stand at the root
+        # Published files are flat: text sizes stand at the root.
+        text = _required(content, "text_config") if content.get("text_config") else content
+        _expect(text, "text_config.", "tie_word_embeddings", True, False)
         # Older files of transformers have the flag in the text section only.
         tied = content.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
         return QwenVLConfig(_read_windowed_vision(vision), _read_plain_text(text, tied), **ids)
@@ -171,8 +183,29 @@ def _plain_text_to_hf(text: TextConfig) -> dict[str, Any]:
 def _required(section: dict[str, Any], key: str, where: str = "") -> Any:
     for spelling in (key, ALIASES.get(key)):
         if spelling in section:
-            return section[spelling]
+            return _checked(section[spelling], key, where)
     raise ValueError(f"config.json: {where}{key} is missing; take the file of the checkpoint itself")
+
+
+def _checked(value: Any, key: str, where: str) -> Any:
+    """Refuses what no checkpoint says. A size beyond memory, for one, would be found out only by running out of it."""
+    if key in SECTION_KEYS:
+        wanted, good = "an object", isinstance(value, dict)
+    elif key in LIST_KEYS:
+        wanted, good = "a list of whole numbers", isinstance(value, list) and all(map(_is_size, value))
+        if key == "mrope_section":
+            wanted, good = "three whole numbers", good and len(value) == 3
+    elif key in REAL_KEYS:
+        wanted, good = "a positive number", type(value) in (int, float) and 0 < value < math.inf
+    else:
+        wanted, good = "a whole number", _is_size(value) and (value > 0 or key in TOKEN_ID_NAMES)
+    if not good:
+        raise ValueError(f"config.json: {where}{key} is {str(value)[:40]!r}, not {wanted}")
+    return value
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_SIZE  # not bool, which is an int too
 
 
 def _expect(section: dict[str, Any], where: str, key: str, *supported: Any) -> None:
@@ -183,7 +216,7 @@ def _expect(section: dict[str, Any], where: str, key: str, *supported: Any) -> N
 def _read_tower(section: dict[str, Any], keys: dict[str, str], activation: str) -> dict[str, Any]:
     where = "vision_config."
     _expect(section, where, "hidden_act", activation)
-    rope = section.get("rope_parameters") or {}
+    rope = _rope_section(section, where)
     _expect(rope, where + "rope_parameters.", "rope_type", "axial")
     _expect(rope, where + "rope_parameters.", "rope_theta", ROPE_THETA)
     sizes = {name: _required(section, hf, where) for hf, name in keys.items()}
@@ -221,11 +254,21 @@ def _read_plain_text(section: dict[str, Any], tied: bool) -> TextConfig:
     return _make_text({**section, "head_dim": head_dim}, rope, TEXT_KEYS, where, tied_embeddings=tied, **traits)
 
 
+def _rope_section(section: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = section.get(key)
+        if rope is not None and not isinstance(rope, dict):
+            raise ValueError(f"config.json: {where}{key} is {str(rope)[:40]!r}, not an object")
+        if rope:
+            return rope
+    return {}
+
+
 def _read_rope(section: dict[str, Any], where: str) -> dict[str, Any]:
     """The rope section with rope_theta, which published files hold beside rope_scaling."""
     _expect(section, where, "hidden_act", "silu")
     _expect(section, where, "use_sliding_window", False)
-    rope = dict(section.get("rope_parameters") or section.get("rope_scaling") or {})
+    rope = dict(_rope_section(section, where))
     if "rope_theta" in section:
         rope.setdefault("rope_theta", section["rope_theta"])
     for key in ("rope_type", "type"):

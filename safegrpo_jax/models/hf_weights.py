@@ -32,6 +32,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FILE_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
+QUANTISED_DTYPES = ("F8_", "F6_", "F4", "I8", "U8")  # beginnings of the type names
+
 
 def load(folder: str | Path, config: QwenVLConfig, dtype: Any = jnp.float32, shardings: Params | None = None) -> Params:
     """Loads the weights of a model folder, each parameter cast to `dtype` and placed by `shardings`; no adapters.
@@ -42,7 +44,8 @@ def load(folder: str | Path, config: QwenVLConfig, dtype: Any = jnp.float32, sha
       shardings: a tree like the parameters; without it everything goes to the default device.
 
     Raises:
-      ValueError: a tensor is unknown, missing, set twice or misshapen; weights are quantised; a file is broken.
+      ValueError: a tensor is unknown, missing, set twice, misshapen, quantised or of another type; a file is
+        broken.
     """
     tensors = _open_tensors(Path(folder))
     leaves = match_expert_layout(_leaves(config), {name: tensor.shape for name, (tensor, _) in tensors.items()})
@@ -139,6 +142,9 @@ def _open_tensors(folder: Path) -> dict[str, tuple[np.ndarray, Path]]:
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index_path} has no weight_map; download it again")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{index_path}: weight_map has {file!r} for {name}, not a file beside it")
     else:
         weight_map = {}
     tensors: dict[str, tuple[np.ndarray, Path]] = {}
@@ -167,14 +173,15 @@ def _open_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             header = json.loads(file.read(header_len), object_pairs_hook=list)
         except ValueError as error:
             raise ValueError(f"{path} has a broken safetensors header ({error}); download it again") from error
-    for name, entry in header:
-        if name == "__metadata__":
-            continue
-        fields = dict(entry)
-        if fields["dtype"] not in FILE_DTYPES or "_scale" in name.rsplit(".", 1)[-1]:
+    for name, fields in _entries(header, path):
+        if fields["dtype"].startswith(QUANTISED_DTYPES) or "_scale" in name.rsplit(".", 1)[-1]:
             raise ValueError(
                 f"{path}: tensor {name} of type {fields['dtype']} belongs to a quantised checkpoint, which is refused;"
                 " use the bfloat16 one"
+            )
+        if fields["dtype"] not in FILE_DTYPES:
+            raise ValueError(
+                f"{path}: tensor {name} is of type {fields['dtype']}; weights of type {', '.join(FILE_DTYPES)} are read"
             )
         start, end = fields["data_offsets"]
         if 8 + header_len + end > size:
@@ -183,6 +190,19 @@ def _open_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         if end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{path}: tensor {name} holds {end - start} bytes, not what its shape {shape} needs")
         yield name, np.memmap(path, dtype, "r", 8 + header_len + start, shape)
+
+
+def _entries(header: Any, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tensors of a parsed header, whose objects are lists of pairs."""
+    try:
+        entries = [(name, dict(entry)) for name, entry in header if name != "__metadata__"]
+        for _, fields in entries:
+            (start, end), shape = fields["data_offsets"], fields["shape"]
+            if not isinstance(fields["dtype"], str) or any(type(n) is not int or n < 0 for n in (start, end, *shape)):
+                raise ValueError("entries without type, shape or offsets")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a broken safetensors header ({error}); download it again") from None
+    return iter(entries)
 
 
 def _write_shards(

@@ -51,7 +51,7 @@ class WindowedVisionConfig:
         if self.width % (4 * self.num_heads):
             raise ValueError(f"vision width {self.width} must be a multiple of 4 * num_heads = {4 * self.num_heads}")
         full = list(self.full_layers)
-        if full != sorted(set(full)) or not set(full) <= set(range(self.num_layers)):
+        if full != sorted(set(full)) or (full and not 0 <= full[0] <= full[-1] < self.num_layers):
             raise ValueError(f"full_layers {self.full_layers} must be ascending layers of 0..{self.num_layers - 1}")
         if self.window_size % (self.patch_size * self.merge_size):
             raise ValueError(

@@ -127,18 +127,28 @@ def assert_trees_equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("max_shard_bytes", [30_000, 10**9], ids=["sharded", "single"])
-def test_export_loads_in_transformers_with_equal_logits(tmp_path, tied, max_shard_bytes):
+@pytest.mark.parametrize(
+    ("family", "tied", "max_shard_bytes"),
+    [
+        ("qwen3_vl", False, 30_000),
+        ("qwen3_vl", True, 10**9),
+        ("qwen3_vl_moe", False, 200_000),
+        ("qwen2_5_vl", False, 10**9),
+        ("qwen2_5_vl", True, 30_000),
+    ],
+)
+def test_export_loads_in_transformers_with_equal_logits(tmp_path, family, tied, max_shard_bytes):
     torch = pytest.importorskip("torch")
-    from transformers import Qwen3VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    config = tiny_config(tied=tied)
-    params = random_params(config)
+    config = tiny_config(family, tied=tied)
+    # Spread enough that every part matters: experts differ, attention is not uniform.
+    params = jax.tree.map(lambda leaf: leaf * 6 if leaf.ndim > 2 else leaf, random_params(config))
     hf_weights.export(tmp_path / "model", params, config, max_shard_bytes=max_shard_bytes)
-    model, report = Qwen3VLForConditionalGeneration.from_pretrained(
+    model, report = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "model", dtype="auto", attn_implementation="eager", output_loading_info=True
     )
+    assert model.config.architectures == [hf_config.ARCHITECTURES[family]] == [type(model).__name__]
     assert model.dtype == torch.float32
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     prompts = example_prompts()
@@ -230,11 +240,32 @@ def test_head_in_a_tied_checkpoint(model, folder):
         hf_weights.load(folder, config)
 
 
-def test_quantised_weights(model, folder):
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (ml_dtypes.float8_e4m3fn, "of type F8_E4M3 belongs to a quantised checkpoint"),
+        (ml_dtypes.float8_e5m2, "of type F8_E5M2 belongs to a quantised checkpoint"),
+        (np.int8, "of type I8 belongs to a quantised checkpoint"),
+        (np.uint8, "of type U8 belongs to a quantised checkpoint"),
+        (np.int32, "is of type I32; weights of type F32, F16, BF16 are read"),
+        (np.float64, "is of type F64; weights of type F32, F16, BF16 are read"),
+        (np.bool_, "is of type BOOL; weights of type F32, F16, BF16 are read"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_weights_of_a_wrong_type(model, folder, dtype, message):
     path = file_of(folder, GATE)
-    rewrite(path, lambda tensors: tensors.update({GATE: tensors[GATE].astype(ml_dtypes.float8_e4m3fn)}))
-    with pytest.raises(ValueError, match=rf"{GATE} of type F8_E4M3 belongs to a quantised"):
+    rewrite(path, lambda tensors: tensors.update({GATE: tensors[GATE].astype(dtype)}))
+    with pytest.raises(ValueError, match=rf"{path.name}: tensor {GATE} {message}"):
         hf_weights.load(folder, model[0])
+
+
+def test_half_precision_is_read(model, folder):
+    path = file_of(folder, GATE)
+    kept = load_file(path)[GATE].astype(np.float16)
+    rewrite(path, lambda tensors: tensors.update({GATE: kept}))
+    loaded = hf_weights.load(folder, model[0])["text"]["deepstack_layers"]["mlp"]["gate"]["kernel"][1]
+    np.testing.assert_array_equal(loaded, kept.T.astype(np.float32))
 
 
 def test_scale_tensor(model, folder):
@@ -249,6 +280,35 @@ def test_truncated_file(model, folder, kept):
     path = file_of(folder, GATE)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=rf"{path.name} is truncated"):
+        hf_weights.load(folder, model[0])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]7",
+        "[1, 2]",
+        '{"a": 3}',
+        '{"a": {"dtype": "F32", "shape": [1]}}',
+        '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        '{"a": {"dtype": 7, "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_broken_header(model, tmp_path, header):
+    encoded = header.encode()
+    (tmp_path / hf_weights.SINGLE_NAME).write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(64))
+    with pytest.raises(ValueError, match="model.safetensors has a broken safetensors header"):
+        hf_weights.load(tmp_path, model[0])
+
+
+@pytest.mark.parametrize("file", ["../model/model-00001.safetensors", "/etc/hostname", None, ["a"]])
+def test_index_that_names_no_file_of_the_folder(model, folder, file):
+    path = folder / hf_weights.INDEX_NAME
+    index = json.loads(path.read_text())
+    index["weight_map"][GATE] = file
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"{path.name}: weight_map has .* for {GATE}, not a file beside it"):
         hf_weights.load(folder, model[0])
 
 
@@ -288,6 +348,14 @@ def test_export_refuses(model, exported, tmp_path):
         (lambda c: c.pop("image_token_id"), "image_token_id is missing"),
         (lambda c: c.pop("text_config"), "text_config is missing"),
         (lambda c: c["vision_config"].update(out_hidden_size=8), "out_width 8 must equal"),
+        (lambda c: c.update(vision_config="small"), "vision_config is 'small', not an object"),
+        (lambda c: c.update(tie_word_embeddings="no"), "tie_word_embeddings is 'no'"),
+        (lambda c: c["vision_config"].update(depth="24"), r"vision_config\.depth is '24', not a whole number"),
+        (lambda c: c["vision_config"].update(depth=10**30), r"vision_config\.depth is '1000"),
+        (lambda c: c["text_config"].update(num_hidden_layers=0), r"text_config\.num_hidden_layers is '0'"),
+        (lambda c: c["text_config"].update(rms_norm_eps=None), "rms_norm_eps is 'None', not a positive number"),
+        (lambda c: c["text_config"].update(rope_scaling=[1]), r"rope_scaling is '\[1\]', not an object"),
+        (lambda c: c["text_config"]["rope_scaling"].update(mrope_section=[]), "not three whole numbers"),
     ],
 )
 def test_read_config_refuses(folder, change, message):
