@@ -71,6 +71,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sampling.temperature = 1.0
     config.sampling.top_k = 0
     config.sampling.top_p = 1.0
+    # How they are drawn, in numbers of the whole mesh; changes no token. 0 lets the sampler choose.
+    config.sampling.num_slots = 0  # rollouts decoded at a time, an ended one makes room for the next; 0 is all at once
+    config.sampling.num_prefixes = 0  # prompts held at a time
+    config.sampling.prefill_batch = 0  # prompts prefilled at a time
+    config.sampling.decode_chunk = 64  # steps between two looks of the host
+    config.sampling.cache_buckets = ()  # sizes that the cache of the completions grows through
+    config.sampling.min_slots = 0  # slots are halved down to this once nothing waits and half are idle; 0 never
 
     config.rewards = ConfigDict()
     config.rewards.rule_set = "reference"  # the published rules; or "strict"

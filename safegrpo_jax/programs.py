@@ -40,7 +40,7 @@ from safegrpo_jax.rewards.compose import (
     shape_by_length,
 )
 from safegrpo_jax.sampling.decode import ModelFunctions
-from safegrpo_jax.sampling.rollout import SamplingConfig, generate
+from safegrpo_jax.sampling.rollout import Placement, Sampler, SamplingConfig
 from safegrpo_jax.sft import SupervisedConfig
 from safegrpo_jax.sharding import param_shardings
 from safegrpo_jax.types import (
@@ -63,19 +63,20 @@ from safegrpo_jax.types import (
 class Programs:
     """The jitted programs of one run. Batches are sharded over the data axes, parameters by their rules.
 
-    `generate(params, prompts, key)` samples groups as GRPO trains on them; `generate_greedy` one greedy completion a
-    prompt. `score(params, reference_params, prompts, rollouts)` gives the Experience, the rewards and their metrics;
-    `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)` is one GRPO step,
-    `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start". `init_state[stage](params)` makes the
-    TrainState of a stage. Both updates and `init_state` consume their first argument.
+    `sampler.generate(params, prompts, key)` samples groups as GRPO trains on them, `greedy_sampler` gives one
+    greedy completion a prompt. `score(params, reference_params, prompts, rollouts)` gives the Experience, the
+    rewards and their metrics; `grade(rollouts, labels of the prompts)` the rewards alone. `update(state,
+    experience, replay)` is one GRPO step, `supervised[stage](state, demonstrations)` one of "pretrain" or
+    "cold_start". `init_state[stage](params)` makes the TrainState of a stage. Both updates and `init_state` consume
+    their first argument.
     """
 
     mesh: Mesh
     abstract_params: Params
     param_shardings: ArrayTree
     init_params: Callable[[Key], Params]
-    generate: Callable[[Params, Prompts, Key], Rollouts]
-    generate_greedy: Callable[[Params, Prompts, Key], Rollouts]
+    sampler: Sampler
+    greedy_sampler: Sampler
     grade: Callable[[Rollouts, Labels], Rewards]
     score: Callable[[Params, Params, Prompts, Rollouts], tuple[Experience, Rewards, Metrics]]
     update: Callable[[TrainState, Experience, Demonstrations | None], tuple[TrainState, Metrics]]
@@ -85,15 +86,12 @@ class Programs:
 
 
 def model_functions(model: QwenVLConfig) -> ModelFunctions:
-    """The three functions that sampling needs, bound to one model config."""
-
-    def prefill(params, prompts):
-        return qwen_vl.prefill(params, prompts, qwen_vl.encode_images(params, prompts.images, model), model)
-
+    """The functions that sampling needs, bound to one model config."""
     return ModelFunctions(
-        prefill=prefill,
-        decode=lambda params, token_ids, positions, step, cache: qwen_vl.decode_hidden(
-            params, token_ids, positions, step, cache, model
+        encode=lambda params, prompts: qwen_vl.encode_images(params, prompts.images, model),
+        prefill=lambda params, prompts, features: qwen_vl.prefill(params, prompts, features, model),
+        decode=lambda params, token_ids, positions, view, cache: qwen_vl.decode_hidden(
+            params, token_ids, positions, view, cache, model
         ),
         logits=lambda params, hidden: qwen_vl.logits_from_hidden(params, hidden, model),
     )
@@ -198,22 +196,19 @@ def build_programs(
             (config.optimizer, config.model.freeze_vision),
         )
     )
-    greedy = SamplingConfig(group_size=1, max_new_tokens=config.sampling.max_new_tokens, temperature=0.0)
+    greedy = dataclasses.replace(config.sampling, group_size=1, temperature=0.0)
 
-    def build_generate(sampling: SamplingConfig):
-        def program(params, prompts, key, banned, tables):
-            return generate(model_functions(model), params, prompts, key, sampling, banned, stop_ids, tables)
-
-        rows = NamedSharding(mesh, PartitionSpec(config.mesh.batch_axes))
-        return _bind(jax.jit(program, out_shardings=rows), banned, tables)
+    def build_sampler(sampling: SamplingConfig) -> Sampler:
+        placement = Placement(mesh, config.mesh.batch_axes, _head_axis(config, model))
+        return Sampler(model_functions(model), sampling, placement, banned_ids_mask, stop_ids, reward_tables)
 
     return Programs(
         mesh=mesh,
         abstract_params=abstract,
         param_shardings=shardings,
         init_params=jax.jit(lambda key: qwen_vl.init_params(model, key), out_shardings=shardings),
-        generate=build_generate(config.sampling),
-        generate_greedy=build_generate(greedy),
+        sampler=build_sampler(config.sampling),
+        greedy_sampler=build_sampler(greedy),
         grade=_build_grade(config),
         score=_bind(_build_score(config, model), banned, other_tables),
         update=_bind(_build_update(config, model, grpo, replicated), banned),
@@ -374,6 +369,13 @@ def _build_grade(config: Config) -> Callable:
         return compute_rewards(rollouts.spans, repeat_labels(labels, group), config.rewards)
 
     return jax.jit(grade)
+
+
+def _head_axis(config: Config, model: QwenVLConfig) -> str | None:
+    """The mesh axis that the cache's key heads are spread over, as the projections that make them are."""
+    axis = config.sharding.kv_heads
+    parts = getattr(config.mesh, axis) if axis else 1
+    return axis if parts > 1 and model.text.num_kv_heads % parts == 0 else None
 
 
 def _state_shardings(state: TrainState, params_sharding: ArrayTree, replicated: NamedSharding) -> ArrayTree:

@@ -180,7 +180,7 @@ def grpo_step(
         prompts = run.prompts(records, num_blocks)
         replay = run.demonstrations(replay_records, num_blocks) if replay_records else None
     with timer("generate"):
-        rollouts = jax.block_until_ready(run.programs.generate(state.params, prompts, key))
+        rollouts, sampler_stats = run.programs.sampler.generate(state.params, prompts, key)
     with timer("score"):
         experience, rewards, stats = jax.block_until_ready(
             run.programs.score(state.params, reference_params, prompts, rollouts)
@@ -191,7 +191,7 @@ def grpo_step(
     with timer("update"):
         state, update_stats = jax.block_until_ready(run.programs.update(state, experience, replay))
     metrics = {name: float(value) for name, value in (jax.device_get(stats) | jax.device_get(update_stats)).items()}
-    return state, metrics | timer.pop()
+    return state, metrics | sampler_stats | timer.pop()
 
 
 def _dump(run: Run, records, rollouts: Rollouts, rewards: Rewards, advantages: np.ndarray, step: int) -> None:
@@ -237,7 +237,7 @@ def _save_or_stop(
 def run_greedy(run: Run, params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
     """One greedy completion of each record, with its reward."""
     prompts = run.prompts(records, run.config.mesh.data_parallel)
-    rollouts = run.programs.generate_greedy(params, prompts, jax.random.key(0))
+    rollouts, _ = run.programs.greedy_sampler.generate(params, prompts, jax.random.key(0))
     return rollouts, run.programs.grade(rollouts, prompts.labels)
 
 
@@ -245,7 +245,7 @@ def run_sampled(run: Run, params: Params, records: Sequence[Record]) -> tuple[Ro
     """A group of samples of each record, drawn as in training, with their rewards."""
     prompts = run.prompts(records, config_lib.num_blocks(run.config))
     key = jax.random.fold_in(jax.random.key(run.config.seed), 0)
-    rollouts = run.programs.generate(params, prompts, key)
+    rollouts, _ = run.programs.sampler.generate(params, prompts, key)
     return rollouts, run.programs.grade(rollouts, prompts.labels)
 
 

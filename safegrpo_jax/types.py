@@ -9,11 +9,11 @@ einsum strings and comments.
     p  prompt tokens (left-padded)  k  key/value heads
     c  completion tokens            e  head dimension
     t  tokens of a row, t = p + c   f  mlp width
-    s  cache slots                  l  layers
+    s  private cache columns        l  layers
     u  packing rows of patches      x  values in one vision patch
     i  patches in a packing row     m  merged vision tokens, all packing rows: m = u * i / 4
     q  tags (visual, text, combined)
-    r  rules
+    r  rules                        z  shards of a batch: data-parallel parts
 
 Rollout row r belongs to prompt r // g. Suffixes: `*_ids` int32 tokens, `*_mask` bool (True = real),
 `*_pos` positions, `*_len` counts, `*_logps` natural logarithms, `*_key` PRNG keys.
@@ -126,10 +126,10 @@ class Prompts:
 
 @pytree
 class KVCache:
-    """Keys and values for decoding: the prompt part once per prompt, the private part once per rollout.
+    """Keys and values for decoding: prefixes once per prompt, private tokens once per decode slot.
 
-    Tuples hold one buffer per layer. Head-major layout keeps the slots of one head contiguous.
-    `private` slots at index >= the current step are undefined and must be masked by the reader.
+    Tuples hold one buffer per layer. Head-major layout keeps the tokens of one head contiguous. The private columns
+    are a ring: a step writes one column for all slots, and a slot reads the newest ones, as many as are its own.
     """
 
     prefix_keys: tuple[Float[Array, "b k p e"], ...]
@@ -137,6 +137,21 @@ class KVCache:
     prefix_mask: Bool[Array, "b p"]
     private_keys: tuple[Float[Array, "n k s e"], ...]
     private_values: tuple[Float[Array, "n k s e"], ...]
+
+
+@pytree
+class CacheView:
+    """What each of n decode slots reads and writes of a `KVCache` in one step.
+
+    Slots and prefixes form z equal, contiguous shards, and the two maps count within a shard. Every prefix has g seats,
+    one for each sample of its prompt; a slot sits on seat prefix * g + sample. A seat without a slot may name any slot.
+    `column` is written in this step; `private_len` counts the columns that a slot reads, this one included.
+    """
+
+    column: Int[Array, ""]
+    private_len: Int[Array, "n"]
+    seat_of_slot: Int[Array, "z slots"]
+    slot_of_seat: Int[Array, "z seats"]
 
 
 @pytree

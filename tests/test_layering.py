@@ -14,7 +14,7 @@ LEVELS = {
     "models.layers": 1, "models.experts": 1, "models.splash": 1, "rewards.patterns": 1, "rewards.machines": 1,
     "models.vision": 2, "models.windowed_vision": 2, "models.lora": 2, "models.decoder": 2,
     "data.chat": 2, "data.processor": 2, "data.sources": 2, "rewards.rules": 2,
-    "sampling.cache": 2, "sampling.decode": 2, "checkpoint": 2, "metrics": 2,
+    "sampling.cache": 1, "sampling.schedule": 1, "sampling.decode": 2, "checkpoint": 2, "metrics": 2,
     "grpo.advantages": 1, "grpo.logps": 1, "grpo.loss": 2, "grpo.optimizer": 2,
     "models.qwen_vl": 3, "data.pipeline": 3, "rewards.compose": 3, "sampling.rollout": 3, "grpo.update": 3,
     "models.hf_config": 4, "models.weight_table": 4, "models.hf_weights": 4, "sft": 4,

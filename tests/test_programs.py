@@ -25,7 +25,7 @@ def rollout_batch(tmp_path_factory):
         params = run.initial_params()
         other = jax.tree.map(lambda leaf: leaf * 1.05, params)
         prompts = run.prompts(run.records["train"][:16], config_lib.num_blocks(config))
-        rollouts = run.programs.generate(params, prompts, jax.random.key(3))
+        rollouts, _ = run.programs.sampler.generate(params, prompts, jax.random.key(3))
     # An untrained model never stops: end the first half of the rows one token early, as if they had.
     lengths = np.asarray(rollouts.completion_len) - (np.arange(32) < 16)
     mask = np.arange(12) < lengths[:, None]

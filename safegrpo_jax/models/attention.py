@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.models.splash import attend_splash
-from safegrpo_jax.types import Array
+from safegrpo_jax.types import Array, CacheView
 
 IMPLEMENTATIONS = ("reference", "splash", "splash_interpret")
 # A finite minimum instead of -inf: a query that sees nothing (padding) gets uniform weights, not NaN.
@@ -69,29 +69,42 @@ def attend_cache(
     prefix_mask: Bool[Array, "b p"],
     private_keys: Float[Array, "n k s e"],
     private_values: Float[Array, "n k s e"],
-    step: Int[Array, ""],
+    view: CacheView,
 ) -> Float[Array, "n h e"]:
-    """One token per rollout attends to its prompt's prefix and to its private slots 0..step, in one softmax.
+    """One token per slot attends to its prompt's prefix and to its newest `view.private_len` private columns.
 
-    All g = n / b samples of a prompt are taken together, so the prefix is read once per prompt and never repeated.
+    Two parts, merged by their log-sum-exp. All samples of a prompt are seated together for the first, so that a prefix
+    is read once per step whatever its number of samples, and never repeated. A slot without anything to see gets a
+    finite mean.
     """
     n, h, e = query.shape
-    b, k = prefix_keys.shape[:2]
-    g, r = n // b, h // k
-    scale = e**-0.5
-    by_prompt = query.reshape(b, g, k, r, e).swapaxes(1, 2)
-    prefix = jnp.einsum("bkgre,bkpe->bkgrp", by_prompt, prefix_keys, preferred_element_type=jnp.float32) * scale
-    prefix = jnp.where(prefix_mask[:, None, None, None], prefix, MASKED_SCORE)
-    by_rollout = query.reshape(n, k, r, e)
-    private = jnp.einsum("nkre,nkse->nkrs", by_rollout, private_keys, preferred_element_type=jnp.float32) * scale
-    private = jnp.where(jnp.arange(private.shape[-1]) <= step, private, MASKED_SCORE)
+    b, k, g, r = *prefix_keys.shape[:2], view.slot_of_seat.size // prefix_keys.shape[0], h // prefix_keys.shape[1]
+    z = len(view.slot_of_seat)
+    take = jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"))
 
-    private = private.reshape(b, g, k, r, -1).swapaxes(1, 2)
-    highest = jnp.maximum(prefix.max(-1, keepdims=True), private.max(-1, keepdims=True))
-    prefix, private = jnp.exp(prefix - highest), jnp.exp(private - highest)
-    total = prefix.sum(-1, keepdims=True) + private.sum(-1, keepdims=True)
-    prefix, private = (prefix / total).astype(query.dtype), (private / total).astype(query.dtype)
+    seated = take(query.reshape(z, n // z, h, e), view.slot_of_seat).reshape(b, g, k, r, e).swapaxes(1, 2)
+    prefix = _attend_part(seated.reshape(b, k, g * r, e), prefix_keys, prefix_values, prefix_mask)
+    prefix = prefix.reshape(b, k, g, r, e + 2).swapaxes(1, 2).reshape(z, b // z * g, k, r, e + 2)
+    prefix = take(prefix, view.seat_of_slot).reshape(n, k, r, e + 2)
 
-    from_prefix = jnp.einsum("bkgrp,bkpe->bkgre", prefix, prefix_values).swapaxes(1, 2).reshape(n, h, e)
-    private = private.swapaxes(1, 2).reshape(n, k, r, -1)
-    return from_prefix + jnp.einsum("nkrs,nkse->nkre", private, private_values).reshape(n, h, e)
+    columns = private_keys.shape[2]
+    age = (view.column - jnp.arange(columns)) % columns
+    visible = age < view.private_len[:, None]
+    private = _attend_part(query.reshape(n, k, r, e), private_keys, private_values, visible)
+
+    highest = jnp.maximum(prefix[..., e], private[..., e])
+    shares = [jnp.exp(part[..., e] - highest) for part in (prefix, private)]
+    total = sum(share * part[..., e + 1] for share, part in zip(shares, (prefix, private), strict=True))
+    summed = sum(share[..., None] * part[..., :e] for share, part in zip(shares, (prefix, private), strict=True))
+    return (summed / total[..., None]).reshape(n, h, e).astype(query.dtype)
+
+
+def _attend_part(query, keys, values, visible):
+    """Attention [n k q e] over one part of the keys, not yet normalised, joined on the last axis by the highest
+    score and the sum of the exponentials: [n k q e+2] float32."""
+    scores = jnp.einsum("nkqe,nkse->nkqs", query, keys, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    scores = jnp.where(visible[:, None, None], scores, MASKED_SCORE)
+    highest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    summed = jnp.einsum("nkqs,nkse->nkqe", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return jnp.concatenate([summed, highest, weights.sum(-1, keepdims=True)], axis=-1)

@@ -21,7 +21,7 @@ from safegrpo_jax.models.attention import attend, attend_cache
 from safegrpo_jax.models.experts import ExpertMLP
 from safegrpo_jax.models.layers import INIT_STD, Execution, GatedMLP, Linear, RMSNorm, init_stacks, run_layers, unstack
 from safegrpo_jax.models.rope import contiguous_axes, interleaved_axes, rotate, text_angles
-from safegrpo_jax.types import Array, KVCache
+from safegrpo_jax.types import Array, CacheView, KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,20 +169,20 @@ class TextDecoder(nnx.Module):
         self,
         token_ids: Int[Array, "n"],
         positions: Int[Array, "n"],
-        step: Int[Array, ""],
+        view: CacheView,
         cache: KVCache,
         execution: Execution,
     ) -> tuple[Float[Array, "n d"], KVCache]:
-        """One token per rollout through all blocks and the final norm; its keys and values go to slot `step`."""
+        """One token per slot through all blocks and the final norm; its keys and values go to `view.column`."""
         x = self.embed_tokens(token_ids[:, None], execution)
         cos, sin = self._rotation(jnp.broadcast_to(positions[None, :, None], (3, len(positions), 1)), execution)
         private_keys, private_values = [], []
         stacks = [stack for stack in (self.deepstack_layers, self.layers) if stack is not None]
         for index, block in enumerate(block for stack in stacks for block in unstack(stack)):
             query, keys, values = block.heads(x, cos, sin)
-            slot = (0, 0, step, 0)
-            private_keys.append(jax.lax.dynamic_update_slice(cache.private_keys[index], keys, slot))
-            private_values.append(jax.lax.dynamic_update_slice(cache.private_values[index], values, slot))
+            place = (0, 0, view.column, 0)
+            private_keys.append(jax.lax.dynamic_update_slice(cache.private_keys[index], keys, place))
+            private_values.append(jax.lax.dynamic_update_slice(cache.private_values[index], values, place))
             attended = attend_cache(
                 query[:, :, 0],
                 cache.prefix_keys[index],
@@ -190,7 +190,7 @@ class TextDecoder(nnx.Module):
                 cache.prefix_mask,
                 private_keys[-1],
                 private_values[-1],
-                step,
+                view,
             )
             x = block.finish(x, attended[:, :, None])
         cache = dataclasses.replace(cache, private_keys=tuple(private_keys), private_values=tuple(private_values))

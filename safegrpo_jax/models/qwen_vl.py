@@ -21,7 +21,7 @@ from safegrpo_jax.models.layers import Execution
 from safegrpo_jax.models.lora import LoraConfig, adapt, only_adapters
 from safegrpo_jax.models.vision import VisionConfig
 from safegrpo_jax.models.windowed_vision import WindowedVisionConfig
-from safegrpo_jax.types import Array, Key, KVCache, PackedImages, Params, Prompts, VisionFeatures
+from safegrpo_jax.types import Array, CacheView, Key, KVCache, PackedImages, Params, Prompts, VisionFeatures
 
 TOKEN_ID_NAMES = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
@@ -187,15 +187,15 @@ def decode_hidden(
     params: Params,
     token_ids: Int[Array, "n"],
     positions: Int[Array, "n"],
-    step: Int[Array, ""],
+    view: CacheView,
     cache: KVCache,
     config: QwenVLConfig,
 ) -> tuple[Float[Array, "n d"], KVCache]:
-    """One decode step: hidden states after the final norm, and the cache with private slot `step` written.
+    """One decode step: hidden states after the final norm, and the cache with private column `view.column` written.
 
-    Rollout r attends to the prefix of prompt r // g and to its private slots 0..step, its own token included.
+    Each slot attends to the prefix it sits at and to its own private columns, that of this token included.
     """
-    return _text(params, config).decode(token_ids, positions, step, cache, config.execution)
+    return _text(params, config).decode(token_ids, positions, view, cache, config.execution)
 
 
 def _make_vision(config, rngs):

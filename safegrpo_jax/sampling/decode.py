@@ -1,9 +1,10 @@
-"""The decode loop: prefill once per prompt, then one token per step for every rollout until all have stopped.
+"""Decode slots: one token per step for every slot, and a new rollout for a slot in the step after its last has ended.
 
-Knows nothing of the model (three functions), of how a token is chosen (one function) or of rewards beyond
-carrying the automaton state, so that the reward spans are known when the last token is.
-The first token comes from the prompt's last hidden state; step j >= 1 feeds token j - 1, which the model
-writes to private slot j - 1. The last token of a row is therefore never fed.
+Knows nothing of the model (four functions), of how a token is chosen (one function) or of rewards beyond
+carrying the automaton state, so that the reward spans are known when the last token is. Slots, rollouts and prefixes
+lie in z shards that never look at one another. The first token of a rollout comes from its prompt's last
+hidden state; token j >= 1 comes from feeding token j - 1. The last token is therefore never fed, and a slot
+works exactly as many steps on a rollout as this has tokens.
 """
 
 from __future__ import annotations
@@ -17,119 +18,235 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.rewards import spans as reward_spans
-from safegrpo_jax.sampling.cache import allocate_cache
-from safegrpo_jax.types import Array, ArrayTree, KVCache, Params, Prompts, pytree
+from safegrpo_jax.sampling.cache import PrivateCache, PromptPool, take_sharded, write_sharded
+from safegrpo_jax.types import Array, ArrayTree, CacheView, Key, KVCache, Params, Prompts, VisionFeatures, pytree
 
-PAD_ID = 0  # what a finished row emits; always masked
+PAD_ID = 0  # fills what no rollout has written; always masked
 
-Prefill = Callable[[Params, Prompts], tuple[Array, tuple[Array, ...], tuple[Array, ...]]]
-Decode = Callable[[Params, Array, Array, Array, KVCache], tuple[Array, KVCache]]
-ChooseTokens = Callable[[Float[Array, "n v"], Int[Array, ""]], tuple[Int[Array, "n"], Float[Array, "n"]]]
+ChooseTokens = Callable[[Float[Array, "n v"], Key, Int[Array, "n"]], tuple[Int[Array, "n"], Float[Array, "n"]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFunctions:
     """What the sampler needs of a model.
 
-    prefill: (params, prompts) -> last hidden state [b d], keys and values [b k p e] of each layer.
-    decode: (params, token_ids [n], positions [n], step [], cache) -> (hidden [n d], cache); writes the
-        token's keys and values at private slot `step` and attends to the prefix of prompt r // g and to
-        the private slots <= step.
+    encode: (params, prompts) -> features of all images of the batch.
+    prefill: (params, prompts, features) -> last hidden state [b d], keys and values [b k p e] of each layer; for all
+        prompts whose images were encoded, or some of them.
+    decode: (params, token_ids [n], positions [n], view, cache) -> (hidden [n d], cache); see `CacheView`.
     logits: (params, hidden [n d]) -> [n v] float32.
     """
 
-    prefill: Prefill
-    decode: Decode
+    encode: Callable[[Params, Prompts], VisionFeatures]
+    prefill: Callable[[Params, Prompts, VisionFeatures], tuple[Array, tuple[Array, ...], tuple[Array, ...]]]
+    decode: Callable[[Params, Array, Array, CacheView, KVCache], tuple[Array, KVCache]]
     logits: Callable[[Params, Array], Array]
 
 
 @pytree
 class DecodeState:
-    """The carry of the loop. `step` counts the tokens every row has been offered; `active` rows have not stopped.
+    """Which rollout each slot works on, and all that was sampled so far. Numbers count within a shard.
 
-    A row that is no longer active keeps its tokens, log-probabilities, length and reward state; its cache
-    slots go on being written but are read by nobody.
+    `slot_rows`: the rollout of a slot, the number of rollouts where it is idle; `slot_prefixes`: where its prompt is
+    held; `last_ids`: its newest token. Rollouts begin in order: those below `next_row` have.
+    `stopped`: ended by a stop token. `num_steps` steps so far, `num_busy` slots that gave a token in them.
     """
 
-    step: Int[Array, ""]
-    active: Bool[Array, "n"]
-    last_ids: Int[Array, "n"]
-    completion_ids: Int[Array, "n c"]
-    completion_logps: Float[Array, "n c"]
-    completion_len: Int[Array, "n"]
-    reward_state: Any  # rewards.spans.SpanState
-    cache: KVCache
+    slot_rows: Int[Array, "z slots"]
+    slot_prefixes: Int[Array, "z slots"]
+    last_ids: Int[Array, "z slots"]
+    next_row: Int[Array, "z"]
+    completion_ids: Int[Array, "z rows c"]
+    completion_logps: Float[Array, "z rows c"]
+    completion_len: Int[Array, "z rows"]
+    stopped: Bool[Array, "z rows"]
+    reward_state: Any  # rewards.spans.SpanState of all rollouts
+    num_steps: Int[Array, ""]
+    num_busy: Int[Array, ""]
 
 
-def decode_completions(
-    functions: ModelFunctions,
-    params: Params,
-    prompts: Prompts,
-    choose: ChooseTokens,
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    reward_tables: ArrayTree,
+@pytree
+class Queue:
+    """Which rollouts may begin: those below `ready_rows`, whose prompt is held at `prompt_prefixes`."""
+
+    ready_rows: Int[Array, "z"]
+    prompt_prefixes: Int[Array, "z prompts"]
+
+
+@pytree
+class DecodeReport:
+    """What the host needs to know between two chunks; `longest` is the length of the longest rollout in work."""
+
+    slot_rows: Int[Array, "z slots"]
+    next_row: Int[Array, "z"]
+    longest: Int[Array, ""]
+    num_steps: Int[Array, ""]
+    num_busy: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSettings:
+    """`group_size` samples per prompt of at most `max_new_tokens` tokens; `chunk` steps between two reports."""
+
+    group_size: int
+    max_new_tokens: int
+    chunk: int
+    stop_ids: tuple[int, ...]
+
+
+def init_state(
+    num_shards: int, num_slots: int, num_rows: int, settings: DecodeSettings, reward_tables: ArrayTree
 ) -> DecodeState:
-    """Decodes `group_size` completions of every prompt; row r belongs to prompt r // group_size.
-
-    `choose(logits [n v], token_index [])` returns the next id of every row and its log-probability. Ends when
-    every row has emitted one of `stop_ids` (which counts as its last token) or `max_new_tokens` tokens;
-    rows still active then were cut off. Traceable; nothing raises.
-    """
-    last_hidden, prefix_keys, prefix_values = functions.prefill(params, prompts)
-    num_rows = prompts.prompt_ids.shape[0] * group_size
-    cache = allocate_cache(prefix_keys, prefix_values, prompts.prompt_mask, num_rows, max_new_tokens)
-    first_positions = jnp.repeat(jnp.sum(prompts.prompt_mask, axis=-1) + prompts.rope_delta, group_size)
-
-    def append(state: DecodeState, logits: Float[Array, "n v"]) -> DecodeState:
-        ids, logps = choose(logits, state.step)
-        return _append_tokens(state, ids, logps, stop_ids, reward_tables)
-
-    def unfinished(state: DecodeState) -> Bool[Array, ""]:
-        return (state.step < max_new_tokens) & jnp.any(state.active)
-
-    def advance(state: DecodeState) -> DecodeState:
-        slot = state.step - 1
-        hidden, cache = functions.decode(params, state.last_ids, first_positions + slot, slot, state.cache)
-        return append(dataclasses.replace(state, cache=cache), functions.logits(params, hidden))
-
-    state = _empty_state(num_rows, max_new_tokens, reward_tables, cache)
-    first_logits = jnp.repeat(functions.logits(params, last_hidden), group_size, axis=0)
-    return jax.lax.while_loop(unfinished, advance, append(state, first_logits))
-
-
-def _empty_state(num_rows: int, max_new_tokens: int, reward_tables: ArrayTree, cache: KVCache) -> DecodeState:
+    """Nothing sampled, all slots idle; slots and rows are those of a shard."""
+    rows, slots = (num_shards, num_rows), (num_shards, num_slots)
+    spans = reward_spans.init_state(reward_tables, num_shards * num_rows)
     return DecodeState(
-        step=jnp.int32(0),
-        active=jnp.ones(num_rows, bool),
-        last_ids=jnp.full(num_rows, PAD_ID, jnp.int32),
-        completion_ids=jnp.full((num_rows, max_new_tokens), PAD_ID, jnp.int32),
-        completion_logps=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
-        completion_len=jnp.zeros(num_rows, jnp.int32),
-        reward_state=reward_spans.init_state(reward_tables, num_rows),
-        cache=cache,
+        slot_rows=jnp.full(slots, num_rows, jnp.int32),
+        slot_prefixes=jnp.zeros(slots, jnp.int32),
+        last_ids=jnp.full(slots, PAD_ID, jnp.int32),
+        next_row=jnp.zeros(num_shards, jnp.int32),
+        completion_ids=jnp.full((*rows, settings.max_new_tokens), PAD_ID, jnp.int32),
+        completion_logps=jnp.zeros((*rows, settings.max_new_tokens), jnp.float32),
+        completion_len=jnp.zeros(rows, jnp.int32),
+        stopped=jnp.zeros(rows, bool),
+        reward_state=jax.tree.map(lambda leaf: leaf.reshape(*rows, *leaf.shape[1:]), spans),
+        num_steps=jnp.int32(0),
+        num_busy=jnp.int32(0),
     )
 
 
-def _append_tokens(
+def decode_chunk(
+    functions: ModelFunctions,
+    params: Params,
     state: DecodeState,
-    ids: Int[Array, "n"],
-    logps: Float[Array, "n"],
-    stop_ids: tuple[int, ...],
+    private: PrivateCache,
+    pool: PromptPool,
+    queue: Queue,
+    row_keys: Key,
+    choose: ChooseTokens,
+    settings: DecodeSettings,
+    reward_tables: ArrayTree,
+) -> tuple[DecodeState, PrivateCache, DecodeReport]:
+    """At most `settings.chunk` steps; fewer when no slot has work, or a rollout outgrows the private columns.
+
+    `choose(logits [n v], keys [n], token_index [n])` returns the next id of every slot and its log-probability. A row
+    ends with one of `stop_ids`, which counts as its last token, or with `max_new_tokens` tokens. Traceable;
+    nothing raises.
+    """
+    num_rows = state.completion_len.shape[1]
+    num_columns = private.keys[0].shape[2]
+    last_step = state.num_steps + settings.chunk
+
+    def goes_on(carry: tuple[DecodeState, PrivateCache]) -> Bool[Array, ""]:
+        state, _ = carry
+        has_work = jnp.any(state.slot_rows < num_rows) | jnp.any(state.next_row < queue.ready_rows)
+        return (state.num_steps < last_step) & has_work & (_longest(state) <= num_columns)
+
+    def advance(carry: tuple[DecodeState, PrivateCache]) -> tuple[DecodeState, PrivateCache]:
+        state, private = carry
+        state, fresh = _begin_rows(state, queue, settings.group_size)
+        lens = _of_slots(state.completion_len, state.slot_rows)
+        column = (private.column + 1) % num_columns
+        view = _view_cache(state, column, jnp.where(fresh, 0, lens), len(pool.mask), settings.group_size)
+        positions = take_sharded(pool.first_pos, state.slot_prefixes) + lens.reshape(-1) - 1
+        cache = KVCache(pool.keys, pool.values, pool.mask, private.keys, private.values)
+        hidden, cache = functions.decode(params, state.last_ids.reshape(-1), positions, view, cache)
+        first = take_sharded(pool.last_hidden, state.slot_prefixes)
+        hidden = jnp.where(fresh.reshape(-1)[:, None], first, hidden)
+        keys = _of_slots(row_keys, state.slot_rows).reshape(-1)
+        ids, logps = choose(functions.logits(params, hidden), keys, lens.reshape(-1))
+        state = _append(state, ids.reshape(lens.shape), logps.reshape(lens.shape), lens, settings, reward_tables)
+        return state, PrivateCache(cache.private_keys, cache.private_values, column)
+
+    state, private = jax.lax.while_loop(goes_on, advance, (state, private))
+    return state, private, _report(state)
+
+
+def _report(state: DecodeState) -> DecodeReport:
+    return DecodeReport(state.slot_rows, state.next_row, _longest(state), state.num_steps, state.num_busy)
+
+
+def _of_slots(values: Array, slot_rows: Int[Array, "z slots"]) -> Array:
+    """[z rows ...] -> [z slots ...]: the value of each slot's rollout, that of any rollout where a slot is idle."""
+    return jax.vmap(lambda values, rows: values.at[rows].get(mode="clip"))(values, slot_rows)
+
+
+def _longest(state: DecodeState) -> Int[Array, ""]:
+    busy = state.slot_rows < state.completion_len.shape[1]
+    return jnp.max(jnp.where(busy, _of_slots(state.completion_len, state.slot_rows), 0))
+
+
+def _begin_rows(state: DecodeState, queue: Queue, group_size: int) -> tuple[DecodeState, Bool[Array, "z slots"]]:
+    """Gives the idle slots of each shard its next rollouts, in order; True for the slots that got one."""
+    idle = state.slot_rows == state.completion_len.shape[1]
+    candidates = state.next_row[:, None] + jnp.cumsum(idle, axis=1, dtype=jnp.int32) - 1
+    fresh = idle & (candidates < queue.ready_rows[:, None])
+    prefixes = _of_slots(queue.prompt_prefixes, candidates // group_size)
+    state = dataclasses.replace(
+        state,
+        slot_rows=jnp.where(fresh, candidates, state.slot_rows),
+        slot_prefixes=jnp.where(fresh, prefixes, state.slot_prefixes),
+        next_row=state.next_row + fresh.sum(axis=1, dtype=jnp.int32),
+    )
+    return state, fresh
+
+
+def _view_cache(
+    state: DecodeState,
+    column: Int[Array, ""],
+    private_len: Int[Array, "z slots"],
+    num_prefixes: int,
+    group_size: int,
+) -> CacheView:
+    num_shards, num_slots = state.slot_rows.shape
+    num_seats = num_prefixes // num_shards * group_size
+    busy = state.slot_rows < state.completion_len.shape[1]
+    seats = jnp.where(busy, state.slot_prefixes * group_size + state.slot_rows % group_size, num_seats)
+    slots = jnp.broadcast_to(jnp.arange(num_slots, dtype=jnp.int32), seats.shape)
+    nobody = jnp.zeros(num_shards * num_seats, jnp.int32)
+    return CacheView(
+        column=column,
+        private_len=jnp.where(busy, private_len, 0).reshape(-1),
+        seat_of_slot=jnp.where(busy, seats, 0),
+        slot_of_seat=write_sharded(nobody, slots.reshape(-1), seats).reshape(num_shards, num_seats),
+    )
+
+
+def _append(
+    state: DecodeState,
+    ids: Int[Array, "z slots"],
+    logps: Float[Array, "z slots"],
+    lens: Int[Array, "z slots"],
+    settings: DecodeSettings,
     reward_tables: ArrayTree,
 ) -> DecodeState:
-    ids = jnp.where(state.active, ids, PAD_ID)
-    logps = jnp.where(state.active, logps, 0.0)
-    stops = jnp.any(ids[:, None] == jnp.array(stop_ids, jnp.int32), axis=-1)
+    """Writes each busy slot's token to its rollout and frees the slots whose rollout has ended."""
+    rows = state.slot_rows
+    busy = rows < state.completion_len.shape[1]
+    stops = jnp.any(ids[..., None] == jnp.array(settings.stop_ids, jnp.int32), axis=-1)
+    ends = stops | (lens + 1 == settings.max_new_tokens)
+
+    def write_token(tokens, rows, lens, new):
+        return tokens.at[rows, lens].set(new, mode="drop")  # the row of an idle slot is out of bounds
+
+    def write(values, rows, new):
+        return values.at[rows].set(new, mode="drop")
+
+    def flat(tree):
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+    spans = flat(jax.tree.map(lambda leaf: _of_slots(leaf, rows), state.reward_state))
+    spans = reward_spans.step(reward_tables, spans, ids.reshape(-1), busy.reshape(-1))
+    spans = jax.tree.map(lambda leaf: leaf.reshape(*rows.shape, *leaf.shape[1:]), spans)
     return dataclasses.replace(
         state,
-        step=state.step + 1,
-        active=state.active & ~stops,
+        slot_rows=jnp.where(ends, state.completion_len.shape[1], rows),
         last_ids=ids,
-        completion_ids=jax.lax.dynamic_update_index_in_dim(state.completion_ids, ids, state.step, axis=1),
-        completion_logps=jax.lax.dynamic_update_index_in_dim(state.completion_logps, logps, state.step, axis=1),
-        completion_len=state.completion_len + state.active,
-        reward_state=reward_spans.step(reward_tables, state.reward_state, ids, state.active),
+        completion_ids=jax.vmap(write_token)(state.completion_ids, rows, lens, ids),
+        completion_logps=jax.vmap(write_token)(state.completion_logps, rows, lens, logps),
+        completion_len=jax.vmap(write)(state.completion_len, rows, lens + 1),
+        stopped=jax.vmap(write)(state.stopped, rows, stops),
+        reward_state=jax.tree.map(lambda old, new: jax.vmap(write)(old, rows, new), state.reward_state, spans),
+        num_steps=state.num_steps + 1,
+        num_busy=state.num_busy + busy.sum(dtype=jnp.int32),
     )

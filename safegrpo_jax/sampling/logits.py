@@ -39,14 +39,14 @@ def keep_top_p(scores: Float[Array, "n v"], top_p: float) -> Float[Array, "n v"]
     return _keep_heaviest(scores, jax.nn.softmax(scores, axis=-1), top_p)
 
 
-def gumbel_noise(row_keys: Key, token_index: Int[Array, ""], vocab_size: int) -> Float[Array, "n v"]:
-    """Standard Gumbel noise of one token: row r depends on `row_keys[r]` and the token index alone."""
+def gumbel_noise(row_keys: Key, token_index: Int[Array, "n"], vocab_size: int) -> Float[Array, "n v"]:
+    """Standard Gumbel noise of one token per row: row r depends on `row_keys[r]` and `token_index[r]` alone."""
 
-    def one_row(row_key):
+    def one_row(row_key, index):
         # "high" keeps the far tail, without which tokens rarer than 2**-23 could never be drawn.
-        return jax.random.gumbel(jax.random.fold_in(row_key, token_index), (vocab_size,), jnp.float32, mode="high")
+        return jax.random.gumbel(jax.random.fold_in(row_key, index), (vocab_size,), jnp.float32, mode="high")
 
-    return jax.vmap(one_row)(row_keys)
+    return jax.vmap(one_row)(row_keys, token_index)
 
 
 def first_argmax(scores: Float[Array, "n v"]) -> Int[Array, "n"]:

@@ -21,7 +21,7 @@ from safegrpo_jax.models.decoder import TextConfig
 from safegrpo_jax.models.vision import VisionConfig
 from safegrpo_jax.rewards import spans as reward_spans
 from safegrpo_jax.rewards.automaton import build_tables, token_bytes
-from safegrpo_jax.sampling.cache import allocate_cache
+from safegrpo_jax.types import CacheView, KVCache
 
 VOCABULARY = 151936
 MODEL_VOCABULARY = 2048
@@ -43,13 +43,16 @@ VISION = VisionConfig(width=16, mlp_width=16, num_layers=1, num_heads=1, out_wid
 
 
 def decode_loop(model: qwen_vl.QwenVLConfig, num_steps: int):
-    """`num_steps` greedy decode steps from private slot 0 on."""
+    """`num_steps` greedy decode steps from private column 0 on."""
 
     def run(params, cache, last_ids):
-        def step(slot, carry):
+        seats = jnp.arange(len(last_ids), dtype=jnp.int32)[None]
+
+        def step(column, carry):
             last_ids, cache = carry
-            positions = jnp.full_like(last_ids, PROMPT_TOKENS + slot)
-            hidden, cache = qwen_vl.decode_hidden(params, last_ids, positions, slot, cache, model)
+            positions = jnp.full_like(last_ids, PROMPT_TOKENS + column)
+            view = CacheView(column, jnp.full_like(last_ids, column + 1), seats, seats)
+            hidden, cache = qwen_vl.decode_hidden(params, last_ids, positions, view, cache, model)
             return jnp.argmax(qwen_vl.logits_from_hidden(params, hidden, model), -1).astype(jnp.int32), cache
 
         return jax.lax.fori_loop(0, num_steps, step, (last_ids, cache))[0]
@@ -82,7 +85,8 @@ def main() -> None:
         shape = (num_rows // GROUP, TEXT.num_kv_heads, PROMPT_TOKENS, TEXT.head_dim)
         prefix = (jnp.ones(shape),) * TEXT.num_layers
         prompt_mask = jnp.ones((shape[0], PROMPT_TOKENS), bool)
-        cache = allocate_cache(prefix, prefix, prompt_mask, num_rows, arguments.steps)
+        private = (jnp.zeros((num_rows, TEXT.num_kv_heads, arguments.steps, TEXT.head_dim)),) * TEXT.num_layers
+        cache = KVCache(prefix, prefix, prompt_mask, private, private)
         decode_arguments = (params, cache, jnp.zeros(num_rows, jnp.int32))
         ids = np.random.default_rng(0).integers(0, VOCABULARY, (num_rows, arguments.steps)).astype(np.int32)
         state = reward_spans.init_state(tables, num_rows)

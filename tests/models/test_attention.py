@@ -7,6 +7,7 @@ import pytest
 
 from safegrpo_jax.models.attention import attend, attend_cache
 from safegrpo_jax.sharding import make_mesh
+from safegrpo_jax.types import CacheView
 
 TOLERANCE = 1e-5  # float32 sums of a few dozen terms of unit size
 
@@ -67,22 +68,35 @@ def test_unknown_implementation():
         attend(x, x, x, np.ones((1, 2), np.int32), causal=True, implementation="flash")
 
 
-def test_cache_is_prefix_of_the_own_prompt_and_private_slots_so_far():
-    b, g, k, p, s, e = 2, 3, 2, 5, 4, 8
-    n, h = b * g, 2 * k
+def test_a_slot_sees_the_prefix_it_sits_at_and_its_newest_private_columns():
+    """Two shards of three slots and two prefixes with three seats; slots sit anywhere, the ring has come round."""
+    z, slots, prefixes, g, k, p, s, e = 2, 3, 2, 3, 2, 5, 4, 8
+    n, b, h = z * slots, z * prefixes, 2 * k
     query = draw(n, h, e)
     prefix_keys, prefix_values = draw(b, k, p, e, seed=1), draw(b, k, p, e, seed=2)
     private_keys, private_values = draw(n, k, s, e, seed=3), draw(n, k, s, e, seed=4)
-    prefix_mask = np.array([[True] * 5, [False, False, True, True, True]])
-    for step in range(s):
+    prefix_mask = np.arange(p) >= np.array([0, 2, 1, 4])[:, None]
+    seat_of_slot = np.array([[4, 1, 3], [2, 0, 5]], np.int32)
+    slot_of_seat = np.zeros((z, prefixes * g), np.int32)
+    np.put_along_axis(slot_of_seat, seat_of_slot, np.broadcast_to(np.arange(slots, dtype=np.int32), (z, slots)), 1)
+    private_len = np.array([0, 1, 4, 3, 2, 1], np.int32)
+    for column in range(s):
+        view = CacheView(*map(jnp.asarray, (column, private_len, seat_of_slot, slot_of_seat)))
         actual = attend_cache(
-            query, prefix_keys, prefix_values, prefix_mask, private_keys, private_values, jnp.int32(step)
+            query,
+            prefix_keys,
+            prefix_values,
+            prefix_mask,
+            private_keys,
+            private_values,
+            jax.tree.map(jnp.asarray, view),
         )
         for row, head in np.ndindex(n, h):
-            prompt, mask = row // g, prefix_mask[row // g]
+            prompt = row // slots * prefixes + seat_of_slot.reshape(-1)[row] // g
+            newest = [(column - age) % s for age in range(private_len[row])]
 
-            def joined(prefix, private, row=row, head=head, prompt=prompt, mask=mask, step=step):
-                return np.concatenate([prefix[prompt, head // 2][mask], private[row, head // 2, : step + 1]])
+            def joined(prefix, private, row=row, head=head, prompt=prompt, newest=newest):
+                return np.concatenate([prefix[prompt, head // 2][prefix_mask[prompt]], private[row, head // 2, newest]])
 
             expected = one_query(
                 query[row, head], joined(prefix_keys, private_keys), joined(prefix_values, private_values)
@@ -90,7 +104,8 @@ def test_cache_is_prefix_of_the_own_prompt_and_private_slots_so_far():
             np.testing.assert_allclose(actual[row, head], expected, atol=TOLERANCE)
 
 
-def test_prompt_that_is_all_padding_stays_finite():
+def test_a_slot_that_sees_nothing_stays_finite():
     ones = np.ones((1, 1, 2, 4), np.float32)
-    attended = attend_cache(ones[:, :, 0], ones, ones, np.zeros((1, 2), bool), ones * 3, ones * 3, jnp.int32(0))
-    np.testing.assert_allclose(attended, ones[:, :, 0] * 3)
+    view = CacheView(*map(jnp.asarray, (0, np.array([0]), np.array([[0]]), np.array([[0]]))))
+    attended = attend_cache(ones[:, :, 0], ones, ones, np.zeros((1, 2), bool), ones * 3, ones * 3, view)
+    np.testing.assert_allclose(attended, ones[:, :, 0] * 2)

@@ -12,7 +12,7 @@ from qwen_tiny import example_prompts, random_params, tiny_config
 from safegrpo_jax.models import hf_config, qwen_vl
 from safegrpo_jax.models.layers import unstack
 from safegrpo_jax.sharding import make_mesh, param_shardings, shard_batch
-from safegrpo_jax.types import KVCache, VisionFeatures
+from safegrpo_jax.types import CacheView, KVCache, VisionFeatures
 
 GRADIENT_TOLERANCE = 1e-4  # relative to the largest of the parameter: sums over the batch in another order
 CACHE_TOLERANCE = 1e-5  # the same sums, split differently between prefix and private slots
@@ -80,8 +80,10 @@ def test_cached_decode_equals_full_forward(random_model):
     shape = (n, config.text.num_kv_heads, slots, config.text.head_dim)
     rubbish = tuple(jnp.full(shape, 1e4) for _ in range(config.text.num_layers))
     cache = KVCache(keys, values, prompts.prompt_mask, rubbish, rubbish)
+    seats = jnp.arange(n, dtype=jnp.int32)[None]
     for step in range(num_steps):
-        hidden, cache = decode_hidden(params, completion[:, step], places[:, step], jnp.int32(step), cache, config)
+        view = CacheView(jnp.int32(step), jnp.full(n, step + 1, jnp.int32), seats, seats)
+        hidden, cache = decode_hidden(params, completion[:, step], places[:, step], view, cache, config)
         np.testing.assert_allclose(hidden, full[:, p + step], atol=CACHE_TOLERANCE)
 
 

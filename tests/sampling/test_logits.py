@@ -32,7 +32,7 @@ def draw(num_rows, temperature=TEMPERATURE, top_k=0, top_p=1.0):
     @jax.jit
     def run(logits, banned, row_keys):
         def noise():
-            return gumbel_noise(row_keys, jnp.int32(3), 9)
+            return gumbel_noise(row_keys, jnp.full(len(row_keys), 3), 9)
 
         return choose_tokens(logits, banned, noise, temperature=temperature, top_k=top_k, top_p=top_p)
 
@@ -71,7 +71,7 @@ def test_rare_tokens_are_drawn_at_their_rate():
     """A token of probability 1e-4 among 400,000 draws: 40 expected, 20 to 65 is beyond four deviations."""
     row_keys = jax.random.split(jax.random.key(1), 400_000)
     scores = jnp.log(jnp.array([1 - 1e-4, 1e-4]))
-    ids = jax.jit(lambda keys: first_argmax(scores + gumbel_noise(keys, jnp.int32(0), 2)))(row_keys)
+    ids = jax.jit(lambda keys: first_argmax(scores + gumbel_noise(keys, jnp.full(len(keys), 0), 2)))(row_keys)
     assert 14 < int(ids.sum()) < 66
 
 
@@ -115,7 +115,7 @@ def test_first_argmax_is_argmax_also_with_ties_and_stays_in_range_with_nan():
 
 def test_noise_of_a_row_does_not_depend_on_its_neighbours():
     row_keys = jax.random.split(jax.random.key(0), 6)
-    together = gumbel_noise(row_keys, jnp.int32(2), 40)
-    alone = gumbel_noise(row_keys[4:5], jnp.int32(2), 40)
+    together = gumbel_noise(row_keys, jnp.full(len(row_keys), 2), 40)
+    alone = gumbel_noise(row_keys[4:5], jnp.full(len(row_keys[4:5]), 2), 40)
     np.testing.assert_array_equal(together[4:5], alone)
-    assert not np.array_equal(alone, gumbel_noise(row_keys[4:5], jnp.int32(3), 40))
+    assert not np.array_equal(alone, gumbel_noise(row_keys[4:5], jnp.full(len(row_keys[4:5]), 3), 40))

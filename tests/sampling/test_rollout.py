@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax import monitoring
+from jax.sharding import AxisType
 from toy_decoder import (
     BANNED,
     END,
@@ -23,8 +25,9 @@ from toy_decoder import (
 )
 
 from safegrpo_jax.rewards import spans as reward_spans
-from safegrpo_jax.sampling.decode import decode_completions
-from safegrpo_jax.sampling.rollout import SamplingConfig, generate, make_row_keys
+from safegrpo_jax.sampling.decode import Queue
+from safegrpo_jax.sampling.rollout import Placement, Sampler, SamplingConfig
+from safegrpo_jax.sharding import shard_batch
 
 RECOMPUTE_TOLERANCE = 1e-5  # float32 sums in another order
 CHI_SQUARE_LEVEL = 0.999  # fixed seed
@@ -32,19 +35,22 @@ KEY = jax.random.key(11)
 SAMPLING = SamplingConfig(group_size=3, max_new_tokens=10, temperature=0.8)
 
 
-@pytest.fixture(scope="module")
-def tables():
-    return reward_tables()
+@functools.cache
+def make_sampler(sampling=SAMPLING, num_devices=1, stop_ids=(END,)):
+    mesh = jax.make_mesh((num_devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:num_devices])
+    return Sampler(FUNCTIONS, sampling, Placement(mesh, ("data",)), BANNED, stop_ids, reward_tables())
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "stop_ids"))
-def _generate(params, prompts, key, banned, tables, sampling, stop_ids):
-    return generate(FUNCTIONS, params, prompts, key, sampling, banned, stop_ids, tables)
-
-
-def run(tables, prompts, sampling=SAMPLING, params=None, key=KEY, stop_ids=(END,)):
+def sample(prompts, sampling=SAMPLING, num_devices=1, stop_ids=(END,), params=None, key=KEY):
+    """(rollouts, statistics), both on the host."""
+    sampler = make_sampler(sampling, num_devices, stop_ids)
     params = init_params() if params is None else params
-    return jax.device_get(_generate(params, prompts, key, BANNED, tables, sampling, stop_ids))
+    rollouts, stats = sampler.generate(params, shard_batch(prompts, sampler.placement.mesh), key)
+    return jax.device_get(rollouts), stats
+
+
+def run(prompts, sampling=SAMPLING, **options):
+    return sample(prompts, sampling, **options)[0]
 
 
 def assert_same(left, right):
@@ -59,9 +65,9 @@ def take_rows(rollouts, rows):
     return jax.tree.map(lambda leaf: leaf[rows], rollouts)
 
 
-def test_logps_equal_a_full_recomputation(tables):
+def test_logps_equal_a_full_recomputation():
     prompts = make_prompts(range(8))
-    rollouts = run(tables, prompts)
+    rollouts = run(prompts)
     logits = recompute_logits(init_params(), prompts, rollouts.completion_ids, rollouts.completion_mask)
     logps = scipy.special.log_softmax(np.where(BANNED, -np.inf, logits / SAMPLING.temperature), axis=-1)
     expected = np.take_along_axis(logps, rollouts.completion_ids[..., None], axis=-1)[..., 0]
@@ -70,8 +76,8 @@ def test_logps_equal_a_full_recomputation(tables):
     assert 0 < rollouts.truncated.sum() < 24, "the case should hold ended and cut-off rows"
 
 
-def test_rows_are_consistent(tables):
-    rollouts = run(tables, make_prompts(range(8)))
+def test_rows_are_consistent():
+    rollouts = run(make_prompts(range(8)))
     lengths = rollouts.completion_len
     np.testing.assert_array_equal(rollouts.completion_mask, np.arange(10) < lengths[:, None])
     assert (rollouts.completion_ids[~rollouts.completion_mask] == 0).all()
@@ -84,137 +90,168 @@ def test_rows_are_consistent(tables):
     assert len({tuple(row) for row in rollouts.completion_ids[:3]}) == 3, "samples of one prompt differ"
 
 
-def test_spans_carried_by_the_loop_are_those_of_a_scan(tables):
-    rollouts = run(tables, make_prompts(range(8)))
-    scanned = reward_spans.scan(tables, rollouts.completion_ids, rollouts.completion_mask)
+def test_spans_carried_by_the_loop_are_those_of_a_scan():
+    rollouts = run(make_prompts(range(8)))
+    scanned = reward_spans.scan(reward_tables(), rollouts.completion_ids, rollouts.completion_mask)
     jax.tree.map(np.testing.assert_array_equal, rollouts.spans, jax.device_get(scanned))
     assert (rollouts.spans.tag_count > 0).any() and (rollouts.spans.tag_count == 0).any()
 
 
-def test_tokens_do_not_depend_on_prompt_order_or_batch_split(tables):
+def test_tokens_do_not_depend_on_prompt_order_or_batch_split():
     records = np.arange(20, 28)
-    whole = run(tables, make_prompts(records))
+    whole = run(make_prompts(records))
     order = np.array([3, 0, 7, 5, 1, 2, 6, 4])
     rows = (order[:, None] * 3 + np.arange(3)).reshape(-1)
-    assert_same(run(tables, make_prompts(records[order])), take_rows(whole, rows))
+    assert_same(run(make_prompts(records[order])), take_rows(whole, rows))
     for start in (0, 2, 4, 6):
-        part = run(tables, make_prompts(records[start : start + 2]))
+        part = run(make_prompts(records[start : start + 2]))
         assert_same(part, take_rows(whole, slice(3 * start, 3 * start + 6)))
 
 
-def test_samples_do_not_depend_on_the_group_size(tables):
+def test_samples_do_not_depend_on_the_group_size():
     prompts = make_prompts([20, 21])
-    three, five = run(tables, prompts), run(tables, prompts, dataclasses.replace(SAMPLING, group_size=5))
+    three, five = run(prompts), run(prompts, dataclasses.replace(SAMPLING, group_size=5))
     assert_same(three, take_rows(five, np.array([0, 1, 2, 5, 6, 7])))
 
 
-def test_padding_changes_nothing(tables):
+def test_padding_changes_nothing():
     records = range(8)
-    assert_same(run(tables, make_prompts(records, prompt_len=15)), run(tables, make_prompts(records)))
+    assert_same(run(make_prompts(records, prompt_len=15)), run(make_prompts(records)))
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 8])
-def test_tokens_do_not_depend_on_the_mesh(tables, num_devices):
-    prompts, params = make_prompts(range(8)), init_params()
-    mesh = jax.make_mesh((num_devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:num_devices])
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def shard(name):
-        return NamedSharding(mesh, PartitionSpec(None, "data") if "positions" in name else PartitionSpec("data"))
-
-    sharded = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.device_put(leaf, shard(jax.tree_util.keystr(path))), prompts
-    )
-    params, device_tables, key = jax.device_put((params, tables, KEY), replicated)
-    rollouts = _generate(params, sharded, key, BANNED, device_tables, SAMPLING, (END,))
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_tokens_do_not_depend_on_the_mesh(num_devices):
+    prompts = make_prompts(range(8))
+    sampler = make_sampler(num_devices=num_devices)
+    rollouts, _ = sampler.generate(init_params(), shard_batch(prompts, sampler.placement.mesh), KEY)
     assert rollouts.completion_ids.sharding.shard_shape((24, 10)) == (24 // num_devices, 10)
-    assert_same(jax.device_get(rollouts), run(tables, prompts))
+    assert_same(jax.device_get(rollouts), run(prompts))
 
 
-def test_sharded_loop_keeps_every_buffer_split(tables):
-    """On 8 devices the compiled loop gathers nothing, and the private cache it ends with is still split by rows."""
-    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
-    prompts, params = make_prompts(range(8)), init_params()
-    keys = make_row_keys(KEY, prompts.record_ids, 2)
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(num_slots=2, num_prefixes=2),
+        dict(num_slots=4, num_prefixes=2, decode_chunk=3),
+        dict(num_slots=6, num_prefixes=4, prefill_batch=2, cache_buckets=(2, 5)),
+        dict(num_slots=14, min_slots=2, decode_chunk=2),
+        dict(num_slots=64, prefill_batch=2, cache_buckets=(1,)),
+    ],
+    ids=str,
+)
+def test_tokens_do_not_depend_on_slots_or_refills(sizes, num_devices):
+    prompts = make_prompts(range(8))
+    sampling = dataclasses.replace(SAMPLING, **sizes)
+    rollouts, stats = sample(prompts, sampling, num_devices=num_devices)
+    assert_same(rollouts, run(prompts))
+    assert stats["sampler/prefill_prompts"] == 8
+    assert stats["sampler/prefill_tokens"] == prompts.prompt_mask.sum()
 
-    def decode(params, prompts, tables, keys):
-        def choose(logits, token_index):
-            noise = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, token_index)))(keys)
-            return (noise * VOCAB).astype(jnp.int32), noise
 
-        options = dict(group_size=2, max_new_tokens=5, stop_ids=(END,), reward_tables=tables)
-        return decode_completions(FUNCTIONS, params, prompts, choose, **options).cache
+def test_slots_that_end_are_refilled_until_nothing_waits():
+    """Steps are what the lengths ask for, to the step: each slot takes the next rollout as soon as it is idle."""
+    prompts = make_prompts(range(8))
+    rollouts, stats = sample(prompts, dataclasses.replace(SAMPLING, num_slots=4, num_prefixes=8))
+    ends = np.zeros(4, int)
+    for length in rollouts.completion_len:
+        ends[ends.argmin()] += length
+    assert stats["sampler/decode_steps"] == ends.max() < 10 * 24 / 4
+    assert stats["sampler/slot_occupancy"] == rollouts.completion_len.sum() / (4 * ends.max())
 
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    in_prompts = jax.tree_util.tree_map_with_path(
-        lambda path, _: (
-            NamedSharding(mesh, PartitionSpec(None, "data")) if "positions" in jax.tree_util.keystr(path) else rows
-        ),
-        prompts,
+
+def test_idle_slots_are_dropped_once_nothing_waits():
+    sampling = dataclasses.replace(SAMPLING, max_new_tokens=30, decode_chunk=1)
+    prompts = make_prompts(range(8))
+    plain, plain_stats = sample(prompts, sampling)
+    dropped, stats = sample(prompts, dataclasses.replace(sampling, min_slots=6))
+    assert_same(dropped, plain)
+    assert stats["sampler/decode_steps"] == plain_stats["sampler/decode_steps"]
+    assert stats["sampler/slot_occupancy"] > 1.3 * plain_stats["sampler/slot_occupancy"]
+
+
+def test_sharded_decode_keeps_every_buffer_split():
+    """On 8 devices no step exchanges more than a number, and the cache that the loop ends with is split as it began."""
+    sampler = make_sampler(dataclasses.replace(SAMPLING, group_size=2, num_slots=8), num_devices=8)
+    prompts = shard_batch(make_prompts(range(16)), sampler.placement.mesh)
+    layout = sampler.layout(16)
+    state, pool, private, keys = sampler.start(init_params(), prompts, jnp.zeros(()), KEY, layout=layout)
+    assert private.keys[0].shape == (8, 2, 9, 6) and pool.keys[0].shape == (16, 2, 7, 6)
+    queue = Queue(np.zeros(8, np.int32), np.zeros((8, 2), np.int32))
+    arguments = (init_params(), state, private, pool, queue, keys, sampler.constants)
+    compiled = sampler.decode.lower(*arguments).compile()
+    exchanged = re.findall(r"= (\S+) (?:all-|collective-)\S+\(.*op_name=.*/while/", compiled.as_text())
+    assert exchanged and all("[]" in shape for shape in exchanged), exchanged
+    after, before = jax.tree.leaves(compiled.output_shardings[:2]), jax.tree.leaves((state, private))
+    assert all(leaf.sharding.is_equivalent_to(out, leaf.ndim) for leaf, out in zip(before, after, strict=True))
+    assert private.keys[0].sharding.shard_shape((8, 2, 9, 6)) == (1, 2, 9, 6)
+
+
+def test_a_prompt_is_held_once_per_group():
+    """Bytes of the cache: prefixes for the prompts, private columns for the slots, whatever the group size."""
+    for group_size in (2, 8):
+        sampling = dataclasses.replace(SAMPLING, group_size=group_size, max_new_tokens=6)
+        sampler = make_sampler(sampling)
+        start = functools.partial(sampler.start, layout=sampler.layout(4))
+        _, pool, private, _ = jax.eval_shape(start, init_params(), make_prompts(range(4)), jnp.zeros(()), KEY)
+        assert pool.last_hidden.shape == (4, 12)
+        assert pool.keys[0].shape == pool.values[0].shape == (4, 2, 7, 6)
+        assert private.keys[0].shape == private.values[0].shape == (4 * group_size, 2, 5, 6)
+
+
+def test_ragged_batches_compile_nothing_new():
+    """Fifty batches of other records, prompt lengths and endings, after a few that went through every size."""
+    compiled = []
+    monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    compiled = (
-        jax.jit(decode, in_shardings=(replicated, in_prompts, replicated, rows))
-        .lower(params, prompts, tables, keys)
-        .compile()
-    )
-    assert "all-gather" not in compiled.as_text()
-    cache = compiled.output_shardings
-    assert cache.private_keys[0].shard_shape((16, 2, 5, 6)) == (2, 2, 5, 6)
-    assert cache.prefix_keys[0].shard_shape((8, 2, 7, 6)) == (1, 2, 7, 6)
+    sizes = dict(num_slots=4, num_prefixes=4, prefill_batch=2, cache_buckets=(4,), min_slots=2, decode_chunk=1)
+    sampler = make_sampler(dataclasses.replace(SAMPLING, **sizes))
+    params = [init_params(end_bias=float(bias)) for bias in (-1, 0, 1)]
+    for seed in range(70):
+        if seed == 20:
+            assert len(compiled) > 10
+            compiled.clear()
+        records = np.random.default_rng(seed).integers(0, 100, 8)
+        sampler.generate(params[seed % 3], make_prompts(records), jax.random.key(seed))
+    assert compiled == []
 
 
-def test_the_prompt_is_cached_once_per_group(tables):
-    prompts = make_prompts(range(4))
-
-    def decode(params, prompts, tables):
-        def choose(logits, token_index):
-            return jnp.full(logits.shape[0], END, jnp.int32), jnp.zeros(logits.shape[0])
-
-        options = dict(group_size=8, max_new_tokens=6, stop_ids=(END,), reward_tables=tables)
-        return decode_completions(FUNCTIONS, params, prompts, choose, **options)
-
-    state = jax.jit(decode)(init_params(), prompts, tables)
-    assert state.cache.prefix_keys[0].shape == state.cache.prefix_values[0].shape == (4, 2, 7, 6)
-    assert state.cache.private_keys[0].shape == state.cache.private_values[0].shape == (32, 2, 6, 6)
-    assert int(state.step) == 1, "all rows ended at once, so the model is never run again"
-
-
-def test_every_row_may_end_with_its_first_token(tables):
-    rollouts = run(tables, make_prompts(range(8)), params=init_params(end_bias=1000.0))
+def test_every_row_may_end_with_its_first_token():
+    rollouts = run(make_prompts(range(8)), params=init_params(end_bias=1000.0))
     assert rollouts.completion_len.tolist() == [1] * 24 and not rollouts.truncated.any()
     assert (rollouts.completion_ids[:, 0] == END).all() and (rollouts.completion_ids[:, 1:] == 0).all()
 
 
-def test_no_row_ends(tables):
-    rollouts = run(tables, make_prompts(range(8)), params=init_params(end_bias=-1000.0))
+def test_no_row_ends():
+    rollouts = run(make_prompts(range(8)), params=init_params(end_bias=-1000.0))
     assert rollouts.truncated.all() and rollouts.completion_mask.all()
 
 
-def test_without_stop_ids_the_end_token_is_a_token(tables):
-    rollouts = run(tables, make_prompts(range(8)), params=init_params(end_bias=1000.0), stop_ids=())
+def test_without_stop_ids_the_end_token_is_a_token():
+    rollouts = run(make_prompts(range(8)), params=init_params(end_bias=1000.0), stop_ids=())
     assert rollouts.truncated.all() and (rollouts.completion_ids == END).all()
 
 
-def test_any_of_several_stop_ids_ends_a_row(tables):
-    rollouts = run(tables, make_prompts(range(8)), stop_ids=(END, 5))
+def test_any_of_several_stop_ids_ends_a_row():
+    rollouts = run(make_prompts(range(8)), stop_ids=(END, 5))
     last = np.take_along_axis(rollouts.completion_ids, rollouts.completion_len[:, None] - 1, axis=1)[:, 0]
     assert set(last[~rollouts.truncated]) == {END, 5}
     assert (np.isin(rollouts.completion_ids, [END, 5]).sum(axis=1) == ~rollouts.truncated).all()
 
 
-def test_one_token_of_one_sample(tables):
+def test_one_token_of_one_sample():
     prompts = make_prompts(range(6))
-    long = run(tables, prompts, dataclasses.replace(SAMPLING, group_size=1))
-    short = run(tables, prompts, dataclasses.replace(SAMPLING, group_size=1, max_new_tokens=1))
+    long = run(prompts, dataclasses.replace(SAMPLING, group_size=1))
+    short = run(prompts, dataclasses.replace(SAMPLING, group_size=1, max_new_tokens=1))
     assert short.completion_ids.shape == (6, 1)
     np.testing.assert_array_equal(short.completion_ids, long.completion_ids[:, :1])
     np.testing.assert_array_equal(short.truncated, long.completion_len > 1)
 
 
-def test_greedy_follows_the_best_token_of_a_full_recomputation(tables):
+def test_greedy_follows_the_best_token_of_a_full_recomputation():
     prompts = make_prompts(range(8))
-    rollouts = run(tables, prompts, dataclasses.replace(SAMPLING, temperature=0.0, group_size=2))
+    rollouts = run(prompts, dataclasses.replace(SAMPLING, temperature=0.0, group_size=2))
     logits = recompute_logits(init_params(), prompts, rollouts.completion_ids, rollouts.completion_mask)
     scores = np.where(BANNED, -np.inf, logits)
     mask = rollouts.completion_mask
@@ -224,10 +261,10 @@ def test_greedy_follows_the_best_token_of_a_full_recomputation(tables):
     np.testing.assert_array_equal(rollouts.completion_ids[0::2], rollouts.completion_ids[1::2])
 
 
-def test_first_tokens_follow_the_distribution_of_the_model(tables):
+def test_first_tokens_follow_the_distribution_of_the_model():
     prompts = make_prompts([6])
     sampling = SamplingConfig(group_size=8000, max_new_tokens=1, temperature=1.5)
-    ids = run(tables, prompts, sampling).completion_ids[:, 0]
+    ids = run(prompts, sampling).completion_ids[:, 0]
     logits = recompute_logits(init_params(), prompts, np.zeros((1, 1), np.int32), np.ones((1, 1), bool))[0, 0]
     expected = 8000 * scipy.special.softmax(np.where(BANNED, -np.inf, logits / 1.5))
     counts = np.bincount(ids, minlength=VOCAB)
@@ -237,20 +274,18 @@ def test_first_tokens_follow_the_distribution_of_the_model(tables):
     assert common.sum() > 5 and counts[VISION] == 0
 
 
-def test_top_k_restricts_every_token(tables):
+def test_top_k_restricts_every_token():
     prompts = make_prompts(range(4))
-    rollouts = run(tables, prompts, dataclasses.replace(SAMPLING, top_k=2))
+    rollouts = run(prompts, dataclasses.replace(SAMPLING, top_k=2))
     logits = recompute_logits(init_params(), prompts, rollouts.completion_ids, rollouts.completion_mask)
     rank = np.argsort(np.argsort(-np.where(BANNED, -np.inf, logits), axis=-1), axis=-1)
     chosen = np.take_along_axis(rank, rollouts.completion_ids[..., None], axis=-1)[..., 0]
     assert set(chosen[rollouts.completion_mask]) == {0, 1}
 
 
-def test_another_key_gives_other_tokens(tables):
+def test_another_key_gives_other_tokens():
     prompts = make_prompts(range(8))
-    assert not np.array_equal(
-        run(tables, prompts).completion_ids, run(tables, prompts, key=jax.random.key(12)).completion_ids
-    )
+    assert not np.array_equal(run(prompts).completion_ids, run(prompts, key=jax.random.key(12)).completion_ids)
 
 
 @pytest.mark.parametrize(

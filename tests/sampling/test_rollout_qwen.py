@@ -1,5 +1,6 @@
 """A tiny Qwen3-VL in the sampler: its cached decode and the trainer's whole-sequence pass give the same numbers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,8 +12,9 @@ from toy_decoder import BANNED, END, PIECES, VOCAB, reward_tables
 from safegrpo_jax.models import qwen_vl
 from safegrpo_jax.models.decoder import TextConfig
 from safegrpo_jax.models.vision import VisionConfig
-from safegrpo_jax.sampling.decode import ModelFunctions
-from safegrpo_jax.sampling.rollout import SamplingConfig, generate
+from safegrpo_jax.programs import model_functions
+from safegrpo_jax.sampling.rollout import Placement, Sampler, SamplingConfig
+from safegrpo_jax.sharding import make_mesh
 from safegrpo_jax.types import Labels, PackedImages, Prompts
 
 LOGP_TOLERANCE = 1e-5  # float32 sums in another order, logits below 10 in size
@@ -32,15 +34,7 @@ CONFIG = qwen_vl.QwenVLConfig(
 )  # fmt: skip
 
 
-def encode(params, images):
-    return qwen_vl.encode_images(params, images, CONFIG)
-
-
-FUNCTIONS = ModelFunctions(
-    prefill=lambda params, prompts: qwen_vl.prefill(params, prompts, encode(params, prompts.images), CONFIG),
-    decode=lambda params, *rest: qwen_vl.decode_hidden(params, *rest, CONFIG),
-    logits=lambda params, hidden: qwen_vl.logits_from_hidden(params, hidden, CONFIG),
-)
+FUNCTIONS = model_functions(CONFIG)
 
 
 @functools.cache
@@ -88,9 +82,10 @@ def make_prompts(image_seed=0):
     return Prompts(ids, mask, positions, rope_delta, vision_mask, feature_index, record_ids, images, labels)
 
 
-@jax.jit
-def sample(params, prompts, tables):
-    return generate(FUNCTIONS, params, prompts, jax.random.key(0), SAMPLING, BANNED, (END,), tables)
+def sample(params, prompts, sampling=SAMPLING):
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    sampler = Sampler(FUNCTIONS, sampling, Placement(mesh, ("data",)), BANNED, (END,), reward_tables())
+    return jax.device_get(sampler.generate(params, prompts, jax.random.key(0))[0])
 
 
 @jax.jit
@@ -109,7 +104,7 @@ def recompute_logps(params, prompts, completion_ids, completion_mask):
         join(prompts.positions, positions),
         join(prompts.vision_mask, jnp.zeros_like(completion_mask)),
         join(prompts.feature_index, jnp.zeros_like(completion_ids)),
-        encode(params, prompts.images),
+        qwen_vl.encode_images(params, prompts.images, CONFIG),
         CONFIG,
     )
     logits = qwen_vl.logits_from_hidden(params, hidden[:, PROMPT_LEN - 1 : -1], CONFIG) / SAMPLING.temperature
@@ -120,13 +115,20 @@ def recompute_logps(params, prompts, completion_ids, completion_mask):
 
 @pytest.fixture(scope="module")
 def rollouts():
-    return sample(init_params(), make_prompts(), reward_tables())
+    return sample(init_params(), make_prompts())
 
 
 def test_behavior_logps_equal_the_whole_sequence_pass(rollouts):
     logps = recompute_logps(init_params(), make_prompts(), rollouts.completion_ids, rollouts.completion_mask)
     np.testing.assert_allclose(rollouts.behavior_logps, logps, atol=LOGP_TOLERANCE)
     assert len(PIECES) == VOCAB and np.ptp(rollouts.behavior_logps[:, 0]) > 0.1, "the distribution is not flat"
+
+
+def test_refills_give_the_same_rollouts(rollouts):
+    sizes = dict(num_slots=2, num_prefixes=2, prefill_batch=1, cache_buckets=(4,), decode_chunk=5)
+    refilled = sample(init_params(), make_prompts(), dataclasses.replace(SAMPLING, **sizes))
+    np.testing.assert_array_equal(refilled.completion_ids, rollouts.completion_ids)
+    np.testing.assert_allclose(refilled.behavior_logps, rollouts.behavior_logps, atol=LOGP_TOLERANCE)
 
 
 def test_other_images_change_the_logps_of_their_prompts_alone(rollouts):

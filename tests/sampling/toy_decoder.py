@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safegrpo_jax.rewards.automaton import build_tables
+from safegrpo_jax.sampling.cache import take_sharded
 from safegrpo_jax.sampling.decode import ModelFunctions
 from safegrpo_jax.types import Labels, PackedImages, Prompts
 
@@ -74,32 +75,40 @@ def logits(params, hidden):
     return hidden @ params["head"] + params["bias"]
 
 
-def _prefill(params, prompts):
+def _prefill(params, prompts, features):
     x = _embed(params, prompts.prompt_ids, prompts.positions[0])
     keys, values = _keys_values(params, x)
     hidden = full_hidden(params, prompts.prompt_ids, prompts.prompt_mask, prompts.positions[0])
     return hidden[:, -1], (keys,), (values,)
 
 
-def _decode(params, token_ids, positions, step, cache):
-    group = token_ids.shape[0] // cache.prefix_mask.shape[0]
+def _decode(params, token_ids, positions, view, cache):
+    """Repeats each slot's prefix and takes its private columns by their age: the plainest reading of `CacheView`."""
     x = _embed(params, token_ids, positions)[:, None]
-    keys, values = _keys_values(params, x)
-    private_keys = jax.lax.dynamic_update_slice_in_dim(cache.private_keys[0], keys, step, axis=2)
-    private_values = jax.lax.dynamic_update_slice_in_dim(cache.private_values[0], values, step, axis=2)
-    private_visible = jnp.broadcast_to(jnp.arange(private_keys.shape[2]) <= step, private_keys.shape[::2])
+    private = (
+        jax.lax.dynamic_update_slice_in_dim(old, new, view.column, axis=2)
+        for old, new in zip((cache.private_keys[0], cache.private_values[0]), _keys_values(params, x), strict=True)
+    )
+    private_keys, private_values = private
+    num_shards, num_seats = view.slot_of_seat.shape
+    prefix = view.seat_of_slot * (len(cache.prefix_mask) // num_shards) // num_seats
+    age = (view.column - jnp.arange(private_keys.shape[2])) % private_keys.shape[2]
     hidden = _attend(
         params,
         x,
-        jnp.concatenate([jnp.repeat(cache.prefix_keys[0], group, axis=0), private_keys], axis=2),
-        jnp.concatenate([jnp.repeat(cache.prefix_values[0], group, axis=0), private_values], axis=2),
-        jnp.concatenate([jnp.repeat(cache.prefix_mask, group, axis=0), private_visible], axis=1)[:, None],
+        jnp.concatenate([take_sharded(cache.prefix_keys[0], prefix), private_keys], axis=2),
+        jnp.concatenate([take_sharded(cache.prefix_values[0], prefix), private_values], axis=2),
+        jnp.concatenate([take_sharded(cache.prefix_mask, prefix), age < view.private_len[:, None]], axis=1)[:, None],
     )[:, 0]
     cache = type(cache)(cache.prefix_keys, cache.prefix_values, cache.prefix_mask, (private_keys,), (private_values,))
     return hidden, cache
 
 
-FUNCTIONS = ModelFunctions(prefill=_prefill, decode=_decode, logits=logits)
+def _encode(params, prompts):
+    return jnp.zeros(())
+
+
+FUNCTIONS = ModelFunctions(encode=_encode, prefill=_prefill, decode=_decode, logits=logits)
 
 
 def make_prompts(record_ids, prompt_len=PROMPT_LEN, with_rope_delta=True):
