@@ -205,6 +205,8 @@ def main() -> None:
         if not processes.joined():
             raise
         traceback.print_exc()
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            processes.await_verdict()
         processes.abandon(FAILED, repr(error))
     sys.exit(code)
 

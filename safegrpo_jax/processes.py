@@ -34,8 +34,11 @@ AGREE_SECONDS = 300
 WAIT_SECONDS = 3600  # for files that process 0 writes: exporting a large model to a bucket takes long
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0  # without a sign of life for so long, a process counts as lost
+GRACE_SECONDS = 5.0
+LINGER_SECONDS = 15.0  # process 0 ends last, so that the others can read why: the store is in it
 _LARGEST_GATHER = 1 << 28  # bytes of an array that every device holds whole for a moment
 
+_leaving = threading.Event()
 _names = itertools.count()  # barriers are used once; all processes meet the same ones in the same order
 
 
@@ -210,22 +213,26 @@ def _fetch(array: Any) -> Any:
 def leave() -> None:
     """Waits for the others at the end, so that none of them takes a finished process for a lost one."""
     barrier("end of the program")
-    if jax.process_count() > 1:
-        _set_sign("done")
+    _leaving.set()
 
 
 def abandon(code: int, reason: str) -> NoReturn:
-    """Ends this process at once and tells the others why, which then end too. An ordinary exit would wait for them."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 may be the one that is gone
-        _set_sign(f"failed: {reason}")
-        time.sleep(2 * BEAT_SECONDS if is_first() else 0)  # its store is gone with it: let the others read
-    _exit(code)
-
-
-def _exit(code: int) -> NoReturn:
+    """Ends this process and tells the others why, which then end too. An ordinary exit would wait for them."""
     sys.stdout.flush()
     sys.stderr.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 may be gone, and its store with it
+        _set_sign(f"failed: {reason}")
+        deadline = time.monotonic() + LINGER_SECONDS
+        while distributed.global_state.process_id == 0 and time.monotonic() < deadline:
+            if sum(sign.startswith("failed: ") for sign in _signs().values()) == distributed.global_state.num_processes:
+                break
+            time.sleep(0.1)
     os._exit(code)
+
+
+def await_verdict() -> None:
+    """Gives the watch time to say who was lost: a lost process breaks a collective before its silence is noticed."""
+    time.sleep(SILENT_SECONDS + 2 * BEAT_SECONDS)
 
 
 def _set_sign(sign: str) -> None:
@@ -233,34 +240,41 @@ def _set_sign(sign: str) -> None:
     state.client.key_value_set(f"signs/{state.process_id}", sign, allow_overwrite=True)
 
 
+def _signs() -> dict[int, str]:
+    signs = distributed.global_state.client.key_value_dir_get("signs/")
+    return {int(key.rsplit("/", 1)[1]): sign for key, sign in signs}
+
+
 def _watch() -> None:
     """Gives signs of life and ends the process when another one has failed or gives none. Runs in a thread of its own.
 
-    jax would notice too, later, and abort without saying who is meant.
+    jax notices silence too, later, and aborts. Only the end of process 0, where the store is, it notices first.
     """
     state = distributed.global_state
     seen: dict[int, tuple[str, float]] = {index: ("", time.monotonic()) for index in range(state.num_processes)}
     for beat in itertools.count():
+        if _leaving.wait(BEAT_SECONDS):
+            return
         try:
             _set_sign(f"beat {beat}")
-            signs = {int(key.rsplit("/", 1)[1]): sign for key, sign in state.client.key_value_dir_get("signs/")}
+            signs = _signs()
         except jax.errors.JaxRuntimeError:
-            return  # process 0 is gone, and jax says so itself; or this process is leaving
+            return  # process 0 is gone, which jax itself notices at once; or this process is leaving
         now = time.monotonic()
         for index, sign in signs.items():
             if sign.startswith("failed: ") and index != state.process_id:
+                time.sleep(GRACE_SECONDS)  # what is wrong in all of them, this process says itself
                 _end(f"process {index} stopped: {sign.removeprefix('failed: ')}")
             if sign != seen[index][0]:
                 seen[index] = (sign, now)
-        silent = [index for index, (sign, since) in seen.items() if sign != "done" and now - since > SILENT_SECONDS]
+        silent = [index for index, (_, since) in seen.items() if now - since > SILENT_SECONDS]
         if silent:
             _end(f"{_processes(silent)} gave no sign of life for {SILENT_SECONDS:g} seconds")
-        time.sleep(BEAT_SECONDS)
 
 
 def _end(reason: str) -> NoReturn:
     print(f"error: {reason}; the same command on all hosts goes on from the last checkpoint", file=sys.stderr)
-    _exit(LOST)
+    abandon(LOST, reason)
 
 
 def _processes(indices: Sequence[int]) -> str:
