@@ -122,6 +122,8 @@ def prepare() -> run_lib.Run:
       ValueError, OSError: anything wrong with them.
     """
     config = config_lib.from_config_dict(_CONFIG.value)
+    if "://" in (_WORKDIR.value or ""):
+        raise ValueError(f"--workdir={_WORKDIR.value}: name a folder; a bucket can be mounted as one (gcsfuse)")
     workdir = Path(_WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
     set_devices(config.mesh)
     join_processes(config)

@@ -20,9 +20,9 @@ from safegrpo_jax.sharding import make_mesh, process_share
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = "time/"
-# Between processes the sums over devices come in another order: the last bits of float32. Adam divides a gradient by its
-# own size, so where that size is rounding, a parameter may move by a learning rate either way; with 1e-4 in this config
-# parameters move by 5e-4 in all, and what rounding decides stays below the tolerance.
+# Between processes the sums over devices come in another order: the last bits of float32. Adam divides a gradient by
+# its own size, so where that size is rounding, a parameter may move by a learning rate either way; with 1e-4 in this
+# config parameters move by 5e-4 in all, and what rounding decides stays below the tolerance.
 TOLERANCE = 1e-6
 LOST_SECONDS = 60  # within which a lost process ends the others
 LIMIT = 900  # seconds that a run may take on a crowded machine
@@ -34,8 +34,8 @@ def get_config(arg=""):
     values = cpu_demo.get_config("smoke")
     small = values.model.small
     small.text_width = small.text_mlp_width = small.vision_width = small.vision_mlp_width = 16
-    small.text_layers, small.text_heads, small.text_kv_heads, small.text_head_dim = 1, 2, 1, 8
-    small.vision_layers, small.vision_heads, small.deepstack_layers = 1, 2, (0,)
+    small.text_layers, small.text_heads, small.text_kv_heads, small.text_head_dim = 2, 2, 1, 8
+    small.vision_layers, small.vision_heads, small.deepstack_layers = 2, 2, (0,)
     values.data.num_pretrain = values.data.num_train = 32
     values.data.num_evaluation = 8
     values.pretrain.num_steps, values.cold_start.num_steps, values.train.num_steps = 2, 0, 3
