@@ -55,6 +55,12 @@ def get_config(arg=""):
 """
 
 
+def free_address():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
 class Launcher:
     """Starts runs of the toy config with a shared cache of programs."""
 
@@ -64,9 +70,7 @@ class Launcher:
 
     def start(self, workdir, count, devices, *flags):
         """`count` processes with `devices` devices each, on one mesh."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        address = free_address()
         command = [
             *(sys.executable, "-m", "safegrpo_jax.main", f"--config={self.config}", f"--workdir={workdir}"),
             *(f"--config.cache_folder={self.folder / 'cache'}", f"--config.mesh.data={count * devices}"),
@@ -192,6 +196,41 @@ def test_processes_with_different_configs_stop_before_any_work(launcher):
     for output in outputs:
         assert "config.train.num_steps is 3 on process 0, 9 on process 1" in output
     assert not workdir.exists()
+
+
+ONE_FAILS = """
+import sys, time
+import jax
+from safegrpo_jax import processes
+processes.join(sys.argv[1], 2, int(sys.argv[2]))
+if jax.process_index() == 1:
+    time.sleep(5)
+    processes.abandon(3, "the disk is full")
+try:
+    processes.barrier("the data", 1)
+except TimeoutError as error:
+    print(error, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_missing_and_the_failed_are_named():
+    address = free_address()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_FAILS, address, str(index)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    codes, (output, _) = finish(processes)
+    assert codes == [75, 3], output
+    assert "process 1 did not reach 'the data' within 1 seconds; see the log there" in output
+    assert "error: process 1 stopped: the disk is full" in output
 
 
 def test_half_a_cluster_is_an_error(launcher):
