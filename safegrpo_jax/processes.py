@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -59,7 +60,7 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
         missing = ", ".join(f"--{name} (JAX_{variable})" for name, variable in _VARIABLES.items() if not given[name])
         raise ValueError(f"several processes: {missing} is missing; give all three, or none on Cloud TPU VMs")
     named = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-    # jax's own SIGTERM handler would swallow the signal while the run is prepared; train.StopRequest has one.
+    # jax's own SIGTERM handler would swallow the signal while the run is prepared; StopRequest has one.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -195,6 +196,37 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.array([value], np.int32)).max())
+
+
+class StopRequest:
+    """While entered, the first Ctrl-C or SIGTERM sets `requested` to its number; a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.requested = 0
+        self._previous = {}
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self, waits: bool = True) -> int:
+        """The signal that stops the run after this step, 0 for none: the same in all processes, whichever got it.
+
+        Several processes ask each other only where `waits`: where the host waits for the device anyway.
+        """
+        if jax.process_count() == 1:
+            return self.requested
+        return largest(self.requested) if waits else 0
+
+    def _note(self, number, frame) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = number
+        print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
 
 
 def fetch(tree: ArrayTree) -> ArrayTree:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,44 +48,13 @@ class Interrupted(Exception):
     """Raised between two steps, after a checkpoint, with the signal by which a person or the platform asked to stop."""
 
 
-class StopRequest:
-    """While entered, the first Ctrl-C or SIGTERM sets `requested` to its number; a second Ctrl-C interrupts at once."""
-
-    def __init__(self):
-        self.requested = 0
-        self._previous = {}
-
-    def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def agreed(self, waits: bool = True) -> int:
-        """The signal that stops the run after this step, 0 for none: the same in all processes, whichever got it.
-
-        Several processes ask each other only where `waits`: where the host waits for the device anyway.
-        """
-        if jax.process_count() == 1:
-            return self.requested
-        return processes.largest(self.requested) if waits else 0
-
-    def _note(self, number, frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = number
-        print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
-
-
 def train(run: Run, writer: MetricsWriter) -> int:
     """Runs what is left of the run; 0 when it is complete, else the signal that interrupted it: it can be resumed.
 
     `writer` from `run.open_metrics`; it and the run's checkpoints are closed at the end.
     """
     try:
-        with StopRequest() as stop:
+        with processes.StopRequest() as stop:
             pretrained = functools.partial(_run_supervised, run, writer, "pretrain", run.initial_params, stop)
             params = _run_supervised(run, writer, "cold_start", pretrained, stop)
             evaluate(run, params, "before")
@@ -114,7 +82,7 @@ def stream(run: Run, name: str, records: Sequence[Record], batch_size: int, star
 
 
 def _run_supervised(
-    run: Run, writer: MetricsWriter, stage: str, before: Callable[[], Params], stop: StopRequest
+    run: Run, writer: MetricsWriter, stage: str, before: Callable[[], Params], stop: processes.StopRequest
 ) -> Params:
     """Parameters after a supervised stage; `before` gives those it starts from, if it has to start."""
     settings = getattr(run.config, stage)
@@ -142,7 +110,7 @@ def _run_supervised(
     return state.params
 
 
-def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: StopRequest) -> Params:
+def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: processes.StopRequest) -> Params:
     """Parameters after GRPO; `reference_params` are its start and the fixed policy of the KL term."""
     settings = run.config.train
     if not settings.num_steps:
