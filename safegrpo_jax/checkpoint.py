@@ -24,9 +24,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from safegrpo_jax.processes import barrier, is_first
 from safegrpo_jax.types import ArrayTree, Params, TrainState
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -124,9 +124,9 @@ class Checkpoints:
         """Saves the final state of a stage and marks the stage as done, so that a later run goes on after it."""
         saved = self.save(stage, int(state.step), state)
         self.wait()
-        if jax.process_index() == 0:
+        if is_first():
             _write_json(self._root / stage / _FINISHED, {"step": saved.step})
-        _barrier("checkpoint finish")
+        barrier("checkpoint finish")
         return saved
 
     def finished(self, stage: str) -> SavedStep | None:
@@ -202,10 +202,10 @@ class Checkpoints:
         if self._unsealed is None:
             return
         self._writers[self._unsealed.stage].wait_until_finished()
-        if jax.process_index() == 0:
+        if is_first():
             folder = self._step_dir(self._unsealed)
             _write_json(folder / _HASHES, _hash_files(folder))
-        _barrier("checkpoint hashes")
+        barrier("checkpoint hashes")
         self._unsealed = None
 
     def close(self) -> None:
@@ -226,13 +226,13 @@ class Checkpoints:
     def _writer(self, stage: str) -> ocp.CheckpointManager:
         if stage not in self._writers:
             folder = self._stage_dir(stage)
-            if jax.process_index() == 0:
+            if is_first():
                 folder.mkdir(parents=True, exist_ok=True)
                 for path in folder.iterdir():
                     if path.is_dir() and not _is_complete(path):
                         logging.warning("removing the incomplete checkpoint %s", path)
                         shutil.rmtree(path)
-            _barrier("checkpoint folder")
+            barrier("checkpoint folder")
             keep = [checkpoint_managers.LatestN(self._config.keep_last)]
             if self._config.keep_every:
                 keep.append(checkpoint_managers.EveryNSteps(self._config.keep_every))
@@ -376,8 +376,3 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -2,15 +2,22 @@
 
     python -m safegrpo_jax.main --config=FILE[:arg] [--workdir=DIR] [--mode=train|evaluate|sample|export]
         [--config.section.key=value] [--image=FILE --prompt=TEXT]
+        [--distributed | --coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 Bad input ends with one line on stderr and exit code 2, a non-finite number with 1. An interrupted run saves and exits
 with 128 plus the signal: 130 after Ctrl-C, 143 after SIGTERM, by which a platform announces that it takes the machine.
+
+Several processes (hosts of a slice) run the same command with --distributed on Cloud TPU VMs, elsewhere with the three
+flags of the coordinator, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment. They exit
+alike; with 75 where one of them was lost, and the same commands go on from the last checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+import traceback
 
 if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     # The allocator reads this when the process starts, so the process starts again, before the slow imports. With huge
@@ -27,8 +34,9 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from safegrpo_jax import config as config_lib
+from safegrpo_jax import processes, train
 from safegrpo_jax import run as run_lib
-from safegrpo_jax import train
+from safegrpo_jax.checkpoint import package_versions
 from safegrpo_jax.metrics import MetricsWriter, NonFiniteError
 
 FLAGS = flags.FLAGS
@@ -37,6 +45,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run lea
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "export"], "What to do.")
 _IMAGE = flags.DEFINE_string("image", None, "For --mode=sample: an image file.")
 _PROMPT = flags.DEFINE_string("prompt", None, "For --mode=sample: the request.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, which the platform tells of.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "One of several processes: HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which one this is, from 0.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an input error.")
 
 FAILED, BAD_INPUT, INTERRUPTED_BY = 1, 2, 128
@@ -83,6 +95,26 @@ def set_devices(mesh: config_lib.MeshConfig) -> None:
         jax.config.update("jax_num_cpu_devices", mesh.cpu_devices)
 
 
+def join_processes(config: config_lib.Config) -> None:
+    """Where there are several processes, finds them and makes sure that all were started alike.
+
+    Raises:
+      ValueError: they were not found, or differ in config, package versions or code.
+    """
+    given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if not (_DISTRIBUTED.value or given != ("", 0, -1) or "JAX_COORDINATOR_ADDRESS" in os.environ):
+        return
+    processes.join(*given)
+    packages = package_versions() | {"python": sys.version.split()[0]}
+    facts = {
+        "config": dataclasses.asdict(config),
+        "packages": packages,
+        "code": processes.code_sha256(),
+        "mode": _MODE.value,
+    }
+    processes.agree("start", facts)
+
+
 def prepare() -> run_lib.Run:
     """Reads the config, the model, the data and the work directory that the flags name.
 
@@ -90,9 +122,12 @@ def prepare() -> run_lib.Run:
       ValueError, OSError: anything wrong with them.
     """
     config = config_lib.from_config_dict(_CONFIG.value)
+    if "://" in (_WORKDIR.value or ""):
+        raise ValueError(f"--workdir={_WORKDIR.value}: name a folder; a bucket can be mounted as one (gcsfuse)")
     workdir = Path(_WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
     set_devices(config.mesh)
-    if _MODE.value == "train":
+    join_processes(config)
+    if _MODE.value == "train" and processes.is_first():
         print(f"work directory {workdir}; preparing model and data", flush=True)
     match _MODE.value:
         case "train":
@@ -106,7 +141,10 @@ def prepare() -> run_lib.Run:
 
 def train_run(run: run_lib.Run, writer: MetricsWriter) -> int:
     """Trains, prints the results and their paths, and returns the exit code."""
-    if number := train.train(run, writer):
+    number = train.train(run, writer)
+    if not processes.is_first():
+        return number and INTERRUPTED_BY + number
+    if number:
         print(f"stopped; run the same command again to go on (work directory {run.workdir})")
         return INTERRUPTED_BY + number
     print(train.results_table(run))
@@ -125,8 +163,8 @@ def look(run: run_lib.Run) -> str | Path:
     return train.sample(run, Path(_IMAGE.value), _PROMPT.value)
 
 
-def main() -> None:
-    logging.set_verbosity(logging.ERROR)
+def execute() -> int:
+    """Runs what the command line asks for and returns the exit code."""
     # While a run trains, a ValueError is a fault of the program and shows its traceback.
     input_errors: tuple[type[Exception], ...] = (ValueError, OSError)
     try:
@@ -134,19 +172,45 @@ def main() -> None:
         run = prepare()
         with jax.set_mesh(run.mesh):
             if _MODE.value != "train":
-                print(look(run))
-                sys.exit(0)
-            writer = run_lib.open_metrics(run)
-            input_errors = ()
-            sys.exit(train_run(run, writer))
+                result = look(run)
+                if processes.is_first():
+                    print(result)
+                code = 0
+            else:
+                writer = run_lib.open_metrics(run)
+                input_errors = ()
+                code = train_run(run, writer)
+        processes.leave()
+        return code
     except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(FAILED)
+        return _fail(FAILED, error)
+    except TimeoutError as error:  # another process is missing
+        return _fail(processes.LOST, error)
     except input_errors as error:
         if FLAGS.is_parsed() and _DEBUG.value:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        return _fail(BAD_INPUT, error)
+
+
+def _fail(code: int, error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    if processes.joined():
+        processes.abandon(code, str(error))
+    return code
+
+
+def main() -> None:
+    logging.set_verbosity(logging.ERROR)
+    try:
+        code = execute()
+    except BaseException as error:
+        if not processes.joined():
+            raise
+        traceback.print_exc()
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            processes.await_verdict()
+        processes.abandon(FAILED, repr(error))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

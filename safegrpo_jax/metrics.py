@@ -32,6 +32,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from safegrpo_jax.processes import is_first
 from safegrpo_jax.types import VERDICT_OTHER, VERDICT_SAFE, VERDICT_UNSAFE, TagSpans
 
 ROW_KEYS = (
@@ -74,7 +75,7 @@ class MetricsWriter:
         """
         self._workdir = pathlib.Path(workdir)
         self._path = self._workdir / "metrics.jsonl"
-        self._primary = jax.process_index() == 0
+        self._primary = is_first()
         self._tensorboard = tensorboard
         self._purge_steps: dict[str, int] = {}
         self._event_writers: dict[str, SummaryWriter] = {}

@@ -21,10 +21,12 @@ from absl import logging
 from jax.sharding import Mesh
 
 from safegrpo_jax import config as config_lib
+from safegrpo_jax import processes
 from safegrpo_jax.checkpoint import Checkpoints
 from safegrpo_jax.config import Config
 from safegrpo_jax.data import demo_tokenizer
 from safegrpo_jax.data.chat import ChatTokenizer
+from safegrpo_jax.data.packing import share_of
 from safegrpo_jax.data.processor import Processor
 from safegrpo_jax.data.records import Record, write_bad_rows
 from safegrpo_jax.data.sources import load_splits
@@ -36,7 +38,7 @@ from safegrpo_jax.models.vision import VisionConfig
 from safegrpo_jax.programs import Programs, build_programs
 from safegrpo_jax.rewards.automaton import build_tables, token_bytes
 from safegrpo_jax.rewards.compose import gold_answer_numbers
-from safegrpo_jax.sharding import make_mesh, shard_batch
+from safegrpo_jax.sharding import make_mesh, process_share, shard_batch
 from safegrpo_jax.types import Demonstrations, Params, Prompts
 
 STAGES = ("pretrain", "cold_start", "grpo")
@@ -79,8 +81,10 @@ class Run:
         return self.programs.mesh
 
     def prompts(self, records: Sequence[Record], num_blocks: int) -> Prompts:
-        """Sharded prompts of `records`; blocks as in `Processor.encode_prompts`."""
-        prompts = self.processor.encode_prompts(records, num_blocks)
+        """Sharded prompts of `records`, of which this process encodes its share; blocks as in `Processor`."""
+        share = process_share(self.mesh)
+        prompts = self.processor.encode_prompts(records, num_blocks, share)
+        records = records[share_of(len(records), share)]
         if self.config.rewards.anchor_answers:
             answers = ["" if record.tagged else record.answer for record in records]
             labels = dataclasses.replace(prompts.labels, gold_answer=gold_answer_numbers(answers, self.config.rewards))
@@ -89,7 +93,8 @@ class Run:
 
     def demonstrations(self, records: Sequence[Record], num_blocks: int) -> Demonstrations:
         """Sharded demonstrations of `records`."""
-        return shard_batch(self.processor.encode_demonstrations(records, num_blocks), self.mesh)
+        demonstrations = self.processor.encode_demonstrations(records, num_blocks, process_share(self.mesh))
+        return shard_batch(demonstrations, self.mesh)
 
     def initial_params(self) -> Params:
         """Parameters before any stage: the checkpoint's, or random ones for the embedded model."""
@@ -107,13 +112,15 @@ class Run:
     def export(self, params: Params) -> Path:
         """Writes `export/`: weights, adapters merged, config.json, tokenizer files, all as transformers reads them."""
         folder = self.workdir / "export"
-        shutil.rmtree(folder, ignore_errors=True)
-        content = json.loads((self.model_folder / "config.json").read_text())
-        merged = lora.merge_adapters(params, self.model.lora)
-        hf_weights.export(folder, jax.device_get(merged), self.model, content)
-        for name in _TOKENIZER_FILES:
-            if (self.model_folder / name).is_file():
-                shutil.copyfile(self.model_folder / name, folder / name)
+        merged = processes.fetch(lora.merge_adapters(params, self.model.lora))
+        if processes.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+            content = json.loads((self.model_folder / "config.json").read_text())
+            hf_weights.export(folder, merged, self.model, content)
+            for name in _TOKENIZER_FILES:
+                if (self.model_folder / name).is_file():
+                    shutil.copyfile(self.model_folder / name, folder / name)
+        processes.barrier("export")
         return folder
 
 
@@ -135,7 +142,9 @@ def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
     started = time.monotonic()
     _use_compilation_cache(config)
     mesh = make_mesh(config.mesh.axis_sizes)
-    folder = Path(config.model.path) if config.model.path else _base_model(config, workdir / "base_model")
+    processes.check_shared(workdir)
+    with processes.first_alone("base model"):
+        folder = Path(config.model.path) if config.model.path else _base_model(config, workdir / "base_model")
     model = dataclasses.replace(
         hf_config.read_config(folder),
         dtype=config.model.compute_dtype,
@@ -152,7 +161,10 @@ def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
         build_tables(config.rewards.rules(rule_set), pieces, config_lib.cache_folder(config) / "reward_tables")
         for rule_set in (config.rewards.rule_set, config.rewards.other_rule_set)
     )
-    records = _load_records(config, processor, splits, workdir)
+    with processes.first_alone("data"):
+        records = _load_records(config, processor, splits, workdir)
+    data_fingerprint = fingerprint(records)
+    processes.agree("data", {"data fingerprint": data_fingerprint})
     banned = banned_ids(processor, model)
     programs = build_programs(config, model, mesh, banned, processor.chat.stop_ids, tables, other_tables)
     store = Checkpoints(
@@ -160,7 +172,7 @@ def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
         config.checkpoint,
         stages=STAGES,
         run_config=json.loads(config_lib.to_json(config)),
-        data_fingerprint=fingerprint(records),
+        data_fingerprint=data_fingerprint,
     )
     return Run(config, workdir, folder, model, processor, pieces, records, programs, store, started)
 
@@ -201,7 +213,7 @@ def _load_records(
         if not records[split]:
             raise ValueError(f"{config.data.path}: no record of split {split!r} fits the buckets; first: {too_long[0]}")
     _check_anchors(records.get("train", []), config)
-    if bad_rows:
+    if bad_rows and processes.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         write_bad_rows(workdir / "bad_rows.jsonl", bad_rows)
         logging.warning("%d bad rows skipped, listed in %s", len(bad_rows), workdir / "bad_rows.jsonl")

@@ -148,6 +148,28 @@ def shard_batch(tree: ArrayTree, mesh: Mesh) -> ArrayTree:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process feeds part `index` of the `count` equal, contiguous parts of every batch.
+
+    Processes whose devices differ on other mesh axes only feed the same part.
+
+    Raises:
+      ValueError: its devices do not lie together on the data axes.
+    """
+    axes = [name for name in mesh.axis_names if name in BATCH_AXES]
+    parts = math.prod(mesh.shape[name] for name in axes)
+    rows = np.moveaxis(mesh.devices, [mesh.axis_names.index(name) for name in axes], range(len(axes))).reshape(
+        parts, -1
+    )
+    own = [part for part in range(parts) if any(device.process_index == jax.process_index() for device in rows[part])]
+    if parts % len(own) or own[0] % len(own) or own[-1] - own[0] != len(own) - 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: process {jax.process_index()} holds parts {own} of {parts} of a batch, which "
+            "are not one run; give data and fsdp sizes that fit the devices of a host"
+        )
+    return own[0] // len(own), parts // len(own)
+
+
 def _shift_features(prompts: Prompts, mesh: Mesh) -> Prompts:
     segments = jax.make_array_from_process_local_data(batch_sharding(mesh), prompts.images.segment_ids)
     first_row = min(shard.index[0].start or 0 for shard in segments.addressable_shards)

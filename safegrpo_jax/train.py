@@ -2,14 +2,14 @@
 
 pretrain and cold_start imitate demonstrations; grpo samples, scores and updates. The data and noise of a step depend on
 (seed, stage, step) alone, so a resumed run repeats nothing and skips nothing. Ctrl-C or SIGTERM stops at the next
-step with a checkpoint.
+step with a checkpoint. With several processes all run this same code; process 0 writes and prints.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import signal
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safegrpo_jax import config as config_lib
+from safegrpo_jax import processes
 from safegrpo_jax.checkpoint import SavedStep, package_versions
 from safegrpo_jax.data.images import check_image
 from safegrpo_jax.data.pipeline import batches
@@ -47,35 +48,13 @@ class Interrupted(Exception):
     """Raised between two steps, after a checkpoint, with the signal by which a person or the platform asked to stop."""
 
 
-class StopRequest:
-    """While entered, the first Ctrl-C or SIGTERM sets `requested` to its number; a second Ctrl-C interrupts at once."""
-
-    def __init__(self):
-        self.requested = 0
-        self._previous = {}
-
-    def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = number
-        print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
-
-
 def train(run: Run, writer: MetricsWriter) -> int:
     """Runs what is left of the run; 0 when it is complete, else the signal that interrupted it: it can be resumed.
 
     `writer` from `run.open_metrics`; it and the run's checkpoints are closed at the end.
     """
     try:
-        with StopRequest() as stop:
+        with processes.StopRequest() as stop:
             pretrained = functools.partial(_run_supervised, run, writer, "pretrain", run.initial_params, stop)
             params = _run_supervised(run, writer, "cold_start", pretrained, stop)
             evaluate(run, params, "before")
@@ -87,9 +66,11 @@ def train(run: Run, writer: MetricsWriter) -> int:
     finally:
         run.store.close()
         writer.close()
-        _note_session(run, time.monotonic() - run.started)
-    write_summary(run)
-    write_report(run.workdir, run.workdir / "report.html")
+        if processes.is_first():
+            _note_session(run, time.monotonic() - run.started)
+    if processes.is_first():
+        write_summary(run)
+        write_report(run.workdir, run.workdir / "report.html")
     return 0
 
 
@@ -101,7 +82,7 @@ def stream(run: Run, name: str, records: Sequence[Record], batch_size: int, star
 
 
 def _run_supervised(
-    run: Run, writer: MetricsWriter, stage: str, before: Callable[[], Params], stop: StopRequest
+    run: Run, writer: MetricsWriter, stage: str, before: Callable[[], Params], stop: processes.StopRequest
 ) -> Params:
     """Parameters after a supervised stage; `before` gives those it starts from, if it has to start."""
     settings = getattr(run.config, stage)
@@ -112,23 +93,24 @@ def _run_supervised(
     state = _resume(run, stage) or run.programs.init_state[stage](before())
     start = int(state.step)
     data = stream(run, stage, run.records[stage], settings.batch_size, start)
-    progress = Progress(sys.stdout, stage, settings.num_steps, start)
+    progress = _open_progress(stage, settings.num_steps, start)
     num_blocks = settings.num_microbatches * run.config.mesh.data_parallel
     for step in range(start + 1, settings.num_steps + 1):
         demonstrations = run.demonstrations(next(data), num_blocks)
         state, metrics = run.programs.supervised[stage](state, demonstrations)
-        saves = step % settings.checkpoint_every == 0 or stop.requested
-        if step % settings.log_every == 0 or step == settings.num_steps or saves:  # what is saved is finite
+        reads = any(step % every == 0 for every in (settings.log_every, settings.checkpoint_every, settings.num_steps))
+        stopping = stop.agreed(waits=reads)
+        if reads or stopping:  # what is saved is finite
             metrics = jax.device_get(metrics)
             writer.write(stage, step, metrics)
             progress.update(step, {"loss": metrics["supervised/loss"]})
-        _save_or_stop(run, stage, step, state, settings.checkpoint_every, stop, progress)
+        _save_or_stop(run, stage, step, state, settings.checkpoint_every, stopping, progress)
     progress.close()
     run.store.finish(stage, state)
     return state.params
 
 
-def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: StopRequest) -> Params:
+def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: processes.StopRequest) -> Params:
     """Parameters after GRPO; `reference_params` are its start and the fixed policy of the KL term."""
     settings = run.config.train
     if not settings.num_steps:
@@ -141,7 +123,7 @@ def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: S
     replay = None
     if settings.replay_batch:
         replay = stream(run, "replay", run.records[settings.replay_split], settings.replay_batch, start)
-    progress = Progress(sys.stdout, "grpo", settings.num_steps, start)
+    progress = _open_progress("grpo", settings.num_steps, start)
     run_key = jax.random.fold_in(jax.random.key(run.config.seed), STREAM_SEEDS["grpo"])
     for step in range(start + 1, settings.num_steps + 1):
         state, metrics = grpo_step(
@@ -158,7 +140,7 @@ def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: S
         writer.write("grpo", step, metrics)
         shown = {"reward": metrics["reward/total_mean"], "KL": metrics.get("policy/kl", 0.0)}
         progress.update(step, shown, int(metrics["rollout/tokens"]))
-        _save_or_stop(run, "grpo", step, state, run.config.checkpoint.save_every, stop, progress)
+        _save_or_stop(run, "grpo", step, state, run.config.checkpoint.save_every, stop.agreed(), progress)
     progress.close()
     run.store.finish("grpo", state)
     return state.params
@@ -187,7 +169,7 @@ def grpo_step(
         )
     advantages = experience.advantages
     if step % run.config.train.dump_rollouts_every == 0 or step == run.config.train.num_steps:
-        _dump(run, records, rollouts, rewards, np.asarray(advantages)[:, 0], step)
+        _dump(run, records, *processes.fetch((rollouts, rewards, advantages)), step)
     with timer("update"):
         state, update_stats = jax.block_until_ready(run.programs.update(state, experience, replay))
     metrics = {name: float(value) for name, value in (jax.device_get(stats) | jax.device_get(update_stats)).items()}
@@ -195,10 +177,11 @@ def grpo_step(
 
 
 def _dump(run: Run, records, rollouts: Rollouts, rewards: Rewards, advantages: np.ndarray, step: int) -> None:
-    # The first token of a completion lies in no tag: its advantage is that of the completion, also with span credit.
+    if not processes.is_first():
+        return
     images = [save_image(run.workdir, record.images[0]) if record.images else "" for record in records]
-    rollouts, rewards = jax.device_get((rollouts, rewards))
-    rows = rollout_rows(records, images, rollouts, rewards, run.processor, run.token_bytes, step, advantages)
+    # The first token of a completion lies in no tag: its advantage is that of the completion, also with span credit.
+    rows = rollout_rows(records, images, rollouts, rewards, run.processor, run.token_bytes, step, advantages[:, 0])
     write_rollouts(run.workdir, step, rows)
 
 
@@ -225,13 +208,18 @@ def _abstract_params(run: Run) -> Params:
 
 
 def _save_or_stop(
-    run: Run, stage: str, step: int, state: TrainState, every: int, stop: StopRequest, progress: Progress
+    run: Run, stage: str, step: int, state: TrainState, every: int, stopping: int, progress: Progress
 ) -> None:
-    if step % every == 0 or stop.requested:
+    if step % every == 0 or stopping:
         run.store.save(stage, step, state)
-    if stop.requested:
+    if stopping:
         progress.close()
-        raise Interrupted(stop.requested)
+        raise Interrupted(stopping)
+
+
+def _open_progress(stage: str, num_steps: int, start: int) -> Progress:
+    stream = sys.stdout if processes.is_first() else open(os.devnull, "w")
+    return Progress(stream, stage, num_steps, start)
 
 
 def run_greedy(run: Run, params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
@@ -294,6 +282,8 @@ def evaluate(run: Run, params: Params, moment: str) -> dict[str, Scores]:
                 "high": high,
             }
         results[split] = scores
+        if not processes.is_first():
+            continue
         kept = records[: settings.save_rows]
         images = [save_image(run.workdir, record.images[0]) if record.images else "" for record in kept]
         shown = jax.tree.map(lambda x, num_rows=settings.save_rows: x[:num_rows], (rollouts, rewards))
@@ -301,8 +291,9 @@ def evaluate(run: Run, params: Params, moment: str) -> dict[str, Scores]:
         write_evaluation(
             run.workdir, moment, split, rollout_rows(kept, images, *shown, run.processor, run.token_bytes, step)
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(path, results)
+    if processes.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(path, results)
     return results
 
 
@@ -352,7 +343,8 @@ def latest_params(run: Run) -> Params:
 def evaluate_checkpoint(run: Run) -> str:
     """Scores the newest checkpoint on every split and returns the path of `evaluation/checkpoint.json`."""
     path = run.workdir / "evaluation" / "checkpoint.json"
-    path.unlink(missing_ok=True)
+    with processes.first_alone("removing the scores of an earlier checkpoint"):
+        path.unlink(missing_ok=True)
     evaluate(run, latest_params(run), "checkpoint")
     return str(path)
 
@@ -371,7 +363,7 @@ def sample(run: Run, image_file: Path, prompt: str) -> str:
         raise ValueError(f"--image={image_file}: {error}") from error
     record = Record(prompt, (image,), text_tag="safe", image_tag="safe", combine_tag="safe")
     params = latest_params(run)
-    rollouts, _ = jax.device_get(run_greedy(run, params, [record] * run.config.mesh.data_parallel))
+    rollouts, _ = processes.fetch(run_greedy(run, params, [record] * run.config.mesh.data_parallel))
     return run.processor.decode(rollouts.completion_ids[0, : rollouts.completion_len[0]].tolist())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "safegrpo_jax"
 LEVELS = {
     "types": 0, "masked": 0,
-    "sharding": 1, "models.rope": 1, "models.attention": 1,
+    "processes": 1, "sharding": 1, "models.rope": 1, "models.attention": 1,
     "data.records": 1, "data.safetag_vl": 1, "data.pictograms": 1, "data.pictogram_drawing": 1,
     "data.demo_tokenizer": 1,
     "rewards.automaton": 1, "rewards.spans": 1, "sampling.logits": 1,

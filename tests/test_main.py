@@ -81,6 +81,7 @@ def test_each_bad_input_gives_one_line_and_leaves_nothing(bad_inputs, tmp_path):
         "no such argument": ["--config=configs/cpu_demo.py:ful"],
         "Unknown command line flag 'workdri'": [DEMO, "--workdri=x"],
         "unexpected argument": [DEMO, "train"],
+        "name a folder; a bucket can be mounted": [DEMO, "--workdir=gs://bucket/run"],
         "prompts_per_step=7 must be a multiple": [DEMO, "--config.train.prompts_per_step=7"],
         "does not exist": [DEMO, f"--config.model.path={bad_inputs / 'nowhere'}"],
         "LlamaForCausalLM": [DEMO, f"--config.model.path={bad_inputs / 'other'}"],
@@ -95,7 +96,7 @@ def test_each_bad_input_gives_one_line_and_leaves_nothing(bad_inputs, tmp_path):
             f"--config.data.path={bad_inputs / 'too_long'}",
         ],
     }
-    flags = [[*case, f"--workdir={workdir}"] if case and "workdri" not in case[-1] else case for case in cases.values()]
+    flags = [[*case, f"--workdir={workdir}"] if case and "--workd" not in case[-1] else case for case in cases.values()]
     for (expected, case), (code, errors) in zip(cases.items(), run_cases(flags), strict=True):
         assert code == 2, f"{case}: exit code {code}, {errors}"
         assert errors.startswith("error: ") and errors.count("\n") == 1, f"{case}: {errors}"

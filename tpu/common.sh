@@ -13,7 +13,7 @@ SHARED_HELP='Shared flags, accepted by every script:
   --runtime=VERSION    software of the VM; default by accelerator type
   --slices=N           default 1; more are joined over the data center network (multislice)
   --spot               spot VMs: cheaper, may be pre-empted
-  --multi-host         for a version of the program that joins several processes; this one does not
+  --multi-host         allow several hosts; they need --distributed and a --workdir that all of them mount
   --create-flag=FLAG   passed on to "queued-resources create", may be repeated, e.g. --create-flag=--network=mine
   --input=gs://FOLDER  copied by setup to inputs/<its last name> on every worker, may be repeated
   --env-file=FILE      lines NAME=value, copied by setup, mode 600, into the environment of the run: for secrets
@@ -187,13 +187,13 @@ read_accelerator() {
   runtime=${runtime:-$default}
 }
 
-# Before anything that costs or trains: on several hosts this program would train several separate runs.
+# Before anything that costs or trains: the hosts must be told of each other and share a work directory.
 require_one_host() {
   ((hosts > 1)) || return 0
   [[ $multi_host == yes ]] ||
-    die "--accelerator=$accelerator --slices=$slices is $hosts hosts, and this version of the program trains in one" \
-      "process; use one host (v4-8, v5p-8, v5litepod-8, v6e-8), or --multi-host with a version that joins processes"
-  say "warning: $hosts hosts: the program of this repository does not join processes yet; --multi-host says yours does"
+    die "--accelerator=$accelerator --slices=$slices is $hosts hosts, which share no folder to work in; use one host" \
+      "(v4-8, v5p-8, v5litepod-8, v6e-8), or mount one everywhere and pass --multi-host; see tpu/README.md"
+  say "warning: $hosts hosts: the command needs --distributed and a --workdir that all of them mount"
 }
 
 # A secret on a command line is seen by every user of either machine (ps) and stays in logs.
@@ -213,13 +213,12 @@ check_keep() {
   local keep=$1 word
   [[ -z $keep || $keep == gs://?* ]] || die "--keep=$keep: not a bucket folder; write --keep=gs://BUCKET/FOLDER"
   [[ -z $keep || $hosts == 1 ]] ||
-    die "--keep copies the work directory of one host; with --multi-host write --workdir=gs://BUCKET/FOLDER instead"
+    die "--keep copies the work directory of one host; with --multi-host write --workdir=FOLDER instead, one that all mount"
   for word in "${command[@]}"; do
     case $word in
       --workdir) die "--workdir: write it in one word, --workdir=DIR, so that it can be checked" ;;
       --workdir=gs://*)
-        [[ $multi_host == yes ]] ||
-          die "$word: this version of the program writes local folders only; use --keep=gs://BUCKET/FOLDER"
+        die "$word: the program writes folders only; use --keep=gs://BUCKET/FOLDER, or mount the bucket"
         ;;
       --workdir=workdirs/?*)
         [[ -z $keep || $word != *..* ]] || die "$word: --keep copies workdirs/ only; drop the '..'"

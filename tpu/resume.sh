@@ -27,7 +27,7 @@ for flag in keep-every max-tries poll timeout max-silence; do require_number "$f
 require_one_host
 refuse_secrets
 check_keep "${own[keep]}"
-if [[ -z ${own[keep]} && ! ($multi_host == yes && " ${command[*]}" == *" --workdir=gs://"*) ]]; then
+if [[ -z ${own[keep]} && ! ($multi_host == yes && " ${command[*]}" == *" --workdir=/"*) ]]; then
   die "--keep is missing: a pre-empted VM loses its disk; write --keep=gs://BUCKET/FOLDER"
 fi
 here=$(dirname "${BASH_SOURCE[0]}")

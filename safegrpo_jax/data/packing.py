@@ -112,6 +112,12 @@ def _ladder(count: int) -> int:
     return three_quarters if power >= 4 and count <= three_quarters else power
 
 
+def share_of(size: int, share: tuple[int, int]) -> slice:
+    """The contiguous part of a batch of `size` rows that feeder `share[0]` of `share[1]` encodes."""
+    index, count = share
+    return slice(size * index // count, size * (index + 1) // count)
+
+
 def smallest_bucket(buckets: Sequence[int], size: int) -> int:
     """The first of the ascending `buckets` that holds `size`.
 

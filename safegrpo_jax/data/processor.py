@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safegrpo_jax.data import images
 from safegrpo_jax.data.chat import ChatTokenizer
-from safegrpo_jax.data.packing import ExpandedPrompt, expand_images, pack_images, smallest_bucket
+from safegrpo_jax.data.packing import ExpandedPrompt, expand_images, pack_images, share_of, smallest_bucket
 from safegrpo_jax.data.records import BadRow, Record
 from safegrpo_jax.types import SAFE, UNSAFE, Demonstrations, Labels, PackedImages, Prompts
 
@@ -166,27 +166,37 @@ class Processor:
         check_geometry(folder, config)
         return cls(chat, config)
 
-    def encode_prompts(self, records: Sequence[Record], num_blocks: int = 1) -> Prompts:
+    def encode_prompts(
+        self, records: Sequence[Record], num_blocks: int = 1, share: tuple[int, int] = (0, 1)
+    ) -> Prompts:
         """Tokenizes, left-pads and packs a batch. Prompts of block j use packing rows of block j only.
 
         Shapes come from the ladder: prompt length and patches per row from the buckets, rows per block from
-        `pack_images`; without images there is one row of padding per block.
+        `pack_images`; without images there is one row of padding per block. Of several processes that share a batch,
+        number `share[0]` of `share[1]` gets its part of the rows, in the shapes of the whole; feature indices count
+        from its own packing rows.
 
         Raises:
           ValueError: no records, a number of them that `num_blocks` does not divide, a record too long for the
             largest bucket or an image that does not decode; names the record.
         """
-        if not records or len(records) % num_blocks:
-            raise ValueError(f"{len(records)} records do not make {num_blocks} equal blocks; adapt the batch size")
-        pictures = [self._record_images(record) for record in records]
-        prompts = [
-            self._expand(record, [image.grid for image in row]) for record, row in zip(records, pictures, strict=True)
-        ]
-        for record, prompt, row in zip(records, prompts, pictures, strict=True):
-            self._refuse(record, self._excess(len(prompt.token_ids), [len(image.patches) for image in row]))
-        packed, places = self._pack(pictures, num_blocks)
+        if not records or len(records) % num_blocks or num_blocks % share[1]:
+            raise ValueError(
+                f"{len(records)} records do not make {num_blocks} equal blocks for {share[1]}; adapt the batch size"
+            )
+        own = share_of(len(records), share)
+        pictures = [self._record_images(record) for record in records[own]]
+        grids = [[image.grid for image in row] for row in pictures]
+        # Other processes' images are not decoded: their sizes are enough for the shapes.
+        grids = [*map(self._grids, records[: own.start]), *grids, *map(self._grids, records[own.stop :])]
+        prompts = [self._expand(record, row) for record, row in zip(records, grids, strict=True)]
+        counts = [[height * width for height, width in row] for row in grids]
+        for record, prompt, row in zip(records, prompts, counts, strict=True):
+            self._refuse(record, self._excess(len(prompt.token_ids), row))
+        packed, places = self._pack(pictures, counts, num_blocks, share)
         row_size = packed.segment_ids.shape[1]
         length = smallest_bucket(self.config.prompt_buckets, max(len(prompt.token_ids) for prompt in prompts))
+        records, prompts = records[own], prompts[own]
         ids = np.full((len(records), length), self.chat.pad_id, np.int32)
         mask, vision_mask = np.zeros((2, *ids.shape), bool)
         positions, feature_index = np.zeros((3, *ids.shape), np.int32), np.zeros(ids.shape, np.int32)
@@ -209,7 +219,9 @@ class Processor:
             labels=_labels(records),
         )
 
-    def encode_demonstrations(self, records: Sequence[Record], num_blocks: int = 1) -> Demonstrations:
+    def encode_demonstrations(
+        self, records: Sequence[Record], num_blocks: int = 1, share: tuple[int, int] = (0, 1)
+    ) -> Demonstrations:
         """As `encode_prompts`, with the response of each record, encoded as one text and closed by the end token.
 
         Where the template already opens the reasoning, an opening `<think>` of the response is left out.
@@ -220,10 +232,11 @@ class Processor:
         for record in records:
             self._refuse(record, "" if record.response else "has no response to imitate; fill the response column")
             self._refuse(record, self._response_excess(record))
-        prompts = self.encode_prompts(records, num_blocks)
+        prompts = self.encode_prompts(records, num_blocks, share)
         responses = [self._response(record) for record in records]
         length = smallest_bucket(self.config.completion_buckets, max(map(len, responses)))
-        ids = np.full((len(records), length), self.chat.pad_id, np.int32)
+        responses = responses[share_of(len(responses), share)]
+        ids = np.full((len(responses), length), self.chat.pad_id, np.int32)
         mask = np.zeros(ids.shape, bool)
         for b, response in enumerate(responses):
             ids[b, : len(response)], mask[b, : len(response)] = response, True
@@ -237,8 +250,7 @@ class Processor:
         """
         kept, dropped = [], []
         for record in records:
-            sizes = [self._guard(record, images.stored_size, data) for data in record.images]
-            grids = [self._guard(record, self._grid, *size) for size in sizes]
+            grids = self._grids(record)
             excess = self._excess(len(self._expand(record, grids).token_ids), [h * w for h, w in grids])
             excess = excess or (self._response_excess(record) if record.response else "")
             if excess:
@@ -262,6 +274,11 @@ class Processor:
         grid = self._grid(picture.height, picture.width)
         pixels = images.resize(picture, grid[0] * self.config.patch_size, grid[1] * self.config.patch_size)
         return EncodedImage(images.patchify(pixels, self.config.patch_size), grid)
+
+    def _grids(self, record: Record) -> list[tuple[int, int]]:
+        """Grids of the images, from their headers."""
+        sizes = [self._guard(record, images.stored_size, data) for data in record.images]
+        return [self._guard(record, self._grid, *size) for size in sizes]
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         factor = self.config.patch_size * self.config.merge_size
@@ -319,14 +336,20 @@ class Processor:
             raise ValueError(f"record {record.record_id} of split {record.split!r}: {error}") from None
 
     def _pack(
-        self, pictures: list[list[EncodedImage]], num_blocks: int
+        self, pictures: list[list[EncodedImage]], counts: list[list[int]], num_blocks: int, share: tuple[int, int]
     ) -> tuple[PackedImages, list[list[tuple[int, int]]]]:
-        """Fills the packing rows. Places are (row, offset in patches), as the images of `pictures`."""
-        counts = [[len(image.patches) for image in row] for row in pictures]
+        """Fills the packing rows of the share. `counts`: patches of the images of the whole batch.
+
+        Places are (row of the share, offset in patches), as the images of `pictures`.
+        """
         largest = max((count for row in counts for count in row), default=0)
         row_size = smallest_bucket(self.config.patch_buckets, largest)
         places, rows_per_block = pack_images(counts, num_blocks, row_size)
-        shape = (num_blocks * rows_per_block, row_size)
+        rows = share_of(num_blocks * rows_per_block, share)
+        places = [
+            [(row - rows.start, offset) for row, offset in prompt] for prompt in places[share_of(len(places), share)]
+        ]
+        shape = (rows.stop - rows.start, row_size)
         side = self.config.patch_size
         pixels = np.zeros((*shape, 3, side, side), np.uint8)
         patch_pos, segment_ids = np.zeros((*shape, 2), np.int32), np.zeros(shape, np.int32)

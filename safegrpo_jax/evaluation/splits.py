@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from safegrpo_jax import processes
 from safegrpo_jax.data.records import Record
 from safegrpo_jax.types import Rewards, Rollouts
 
@@ -25,7 +26,7 @@ def run_split(records: Sequence[Record], batch_size: int, run_batch: RunBatch) -
     for start in range(0, len(records), batch_size):
         batch = list(records[start : start + batch_size])
         padding = [batch[i % len(batch)] for i in range(batch_size - len(batch))]
-        result = jax.device_get(run_batch(batch + padding))
+        result = processes.fetch(run_batch(batch + padding))
         group = len(result[0].completion_len) // batch_size
         keep = slice(len(batch) * group)
         parts.append(jax.tree.map(lambda x, keep=keep: x[keep], result))

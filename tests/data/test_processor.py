@@ -196,6 +196,30 @@ def test_other_refusals_name_the_record(processor, png):
         processor.encode_prompts([])
 
 
+def test_shares_joined_are_the_batch(small_tokenizer, processor, png):
+    """Each share has the shapes of the whole batch, whatever its own records need, and decodes no other image."""
+    sizes = [(8, 8), (16, 24), (8, 16), (32, 32)]
+    records = [
+        record("a" * (1 + 9 * i), [png(*sizes[i], seed=i)] * (i % 3), response="b" * (1 + 3 * i)) for i in range(4)
+    ]
+    whole = processor.encode_demonstrations(records, num_blocks=4)
+    num_features = whole.prompts.images.segment_ids.size // 4 // 2
+    fresh = Processor(small_tokenizer, CONFIG)
+    shares = [fresh.encode_demonstrations(records, num_blocks=4, share=(index, 2)) for index in range(2)]
+
+    def compare(path, expected, first, second):
+        if path[-1].name == "feature_index":
+            second = np.where(shares[1].prompts.vision_mask, second + num_features, 0)
+        axis = 1 if path[-1].name == "positions" else 0
+        np.testing.assert_array_equal(np.concatenate([first, second], axis), expected, err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(compare, whole, *shares)
+    broken = png(8, 8)[:-30]  # its header is sound
+    fresh.encode_prompts([record(pictures=[png(8, 8)]), record(pictures=[broken])], 2, (0, 2))
+    with pytest.raises(ValueError, match="record 0"):
+        fresh.encode_prompts([record(pictures=[png(8, 8)]), record(pictures=[broken])], 2, (1, 2))
+
+
 def test_caches_change_nothing(small_tokenizer, processor, png):
     tight = Processor(small_tokenizer, dataclasses.replace(CONFIG, cache_bytes=500))  # holds two images of 16 patches
     batches = [

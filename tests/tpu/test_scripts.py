@@ -555,11 +555,11 @@ def test_several_hosts_are_refused_before_anything_starts(cloud, script, acceler
         assert result.stdout == ""
 
 
-def test_several_hosts_keep_their_run_in_the_bucket_themselves(cloud):
+def test_several_hosts_keep_their_run_in_a_folder_they_share(cloud):
     pod = (*SLICE, "--accelerator=v4-32", "--multi-host", "--dry-run")
     result = cloud.run("resume.sh", *pod, KEEP, "--", *COMMAND)
-    assert result.returncode == 2 and "--workdir=gs://" in result.stderr
-    result = cloud.run("resume.sh", *pod, "--", *COMMAND, "--workdir=gs://mine/runs/demo")
+    assert result.returncode == 2 and "--workdir=FOLDER" in result.stderr
+    result = cloud.run("resume.sh", *pod, "--", *COMMAND, "--workdir=/mnt/runs/demo")
     assert result.returncode == 0
     assert "warning: 4 hosts" in result.stderr
 
