@@ -244,23 +244,30 @@ class Sampler:
 
     def _decode(self, params, state, private, pool, queue, keys, constants):
         banned_ids_mask, tables = constants
-        sampling = self.sampling
-
-        def choose(logits: Float[Array, "n v"], row_keys: Key, token_index: Int[Array, "n"]):
-            return choose_tokens(
-                logits,
-                banned_ids_mask,
-                lambda: gumbel_noise(row_keys, token_index, logits.shape[-1]),
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-            )
-
+        choose = functools.partial(self.choose, banned_ids_mask)
         state, private, report = decode_chunk(
             self._functions, params, state, private, pool, queue, keys, choose, self._settings, tables
         )
         report = jax.lax.with_sharding_constraint(report, self.placement.replicated)
         return *self.placement.constrain((state, private)), report
+
+    def choose(
+        self,
+        banned_ids_mask: Bool[Array, "v"],
+        logits: Float[Array, "n v"],
+        row_keys: Key,
+        token_index: Int[Array, "n"],
+    ) -> tuple[Int[Array, "n"], Float[Array, "n"]]:
+        """The next id of every slot and its log-probability, inside `decode`."""
+        sampling = self.sampling
+        return choose_tokens(
+            logits,
+            banned_ids_mask,
+            lambda: gumbel_noise(row_keys, token_index, logits.shape[-1]),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
 
     def _finish(self, state, constants):
         _, tables = constants
