@@ -10,7 +10,7 @@ groups of 8 samples at temperature 1. Two cases:
 Both run on the same two cores in turns, so that other load on the machine meets both; medians of useful tokens per
 second are compared. The engine also carries the reward automaton and the behaviour log-probabilities.
 
-    JAX_PLATFORMS=cpu python tests/benchmarks/rollouts_speed.py [rounds]
+    PYTHONPATH=. JAX_PLATFORMS=cpu python tests/benchmarks/rollouts_speed.py [rounds]
 """
 
 import json
