@@ -22,11 +22,11 @@ from safegrpo_jax.config import Config
 from safegrpo_jax.grpo.advantages import group_advantages, per_rule_advantages, spread_over_spans
 from safegrpo_jax.grpo.logps import token_logps
 from safegrpo_jax.grpo.loss import kl_estimate
-from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
+from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer, merge_trainable, select_trainable
 from safegrpo_jax.grpo.update import update_policy, update_supervised
 from safegrpo_jax.masked import masked_sum
 from safegrpo_jax.models import qwen_vl
-from safegrpo_jax.models.lora import adapter_mask
+from safegrpo_jax.models.lora import trainable_mask
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.rewards import spans as reward_spans
 from safegrpo_jax.rewards.compose import (
@@ -64,11 +64,11 @@ class Programs:
     """The jitted programs of one run. Batches are sharded over the data axes, parameters by their rules.
 
     `sampler.generate(params, prompts, key)` samples groups as GRPO trains on them, `greedy_sampler` gives one
-    greedy completion a prompt. `score(params, reference_params, prompts, rollouts)` gives the Experience, the
-    rewards and their metrics; `grade(rollouts, labels of the prompts)` the rewards alone. `update(state,
-    experience, replay)` is one GRPO step, `supervised[stage](state, demonstrations)` one of "pretrain" or
-    "cold_start". `init_state[stage](params)` makes the TrainState of a stage. Both updates and `init_state` consume
-    their first argument.
+    greedy completion a prompt. `score(params, reference, prompts, rollouts)`, with the reference policy as
+    `reference_leaves` gives it, gives the Experience, the rewards and their metrics; `grade(rollouts, labels of the
+    prompts)` the rewards alone. `update(state, experience, replay)` is one GRPO step, `supervised[stage](state,
+    demonstrations)` one of "pretrain" or "cold_start". `init_state[stage](params)` makes the TrainState of a stage.
+    Both updates and `init_state` consume their first argument.
     """
 
     mesh: Mesh
@@ -78,7 +78,7 @@ class Programs:
     sampler: Sampler
     greedy_sampler: Sampler
     grade: Callable[[Rollouts, Labels], Rewards]
-    score: Callable[[Params, Params, Prompts, Rollouts], tuple[Experience, Rewards, Metrics]]
+    score: Callable[[Params, ArrayTree, Prompts, Rollouts], tuple[Experience, Rewards, Metrics]]
     update: Callable[[TrainState, Experience, Demonstrations | None], tuple[TrainState, Metrics]]
     supervised: dict[str, Callable[[TrainState, Demonstrations], tuple[TrainState, Metrics]]]
     init_state: dict[str, Callable[[Params], TrainState]]
@@ -161,14 +161,12 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
     }
 
 
-def trainable_mask(abstract_params: Params, freeze_vision: bool) -> ArrayTree:
-    """True for every parameter that a stage trains: the adapters where there are any, else all of them."""
-    mask = adapter_mask(abstract_params)
-    if not any(jax.tree.leaves(mask)):
-        mask = jax.tree.map(lambda _: True, abstract_params)
-    if freeze_vision:
-        mask["vision"] = jax.tree.map(lambda _: False, mask["vision"])
-    return mask
+def reference_leaves(params: Params, config: Config) -> ArrayTree:
+    """Copies of the leaves that GRPO trains; None for the others, which the reference shares with the policy."""
+    mask = trainable_mask(params, config.model.freeze_vision)
+    if config.loss.kl_estimator == "none":  # nothing will read it
+        mask = jax.tree.map(lambda _: False, mask)
+    return jax.tree.map(jnp.copy, select_trainable(params, mask))
 
 
 def build_programs(
@@ -297,7 +295,7 @@ def _build_score(config: Config, model: QwenVLConfig) -> Callable:
         make_logps_fn, model, temperature=sampling.temperature, chunk=config.model.logits_chunk
     )
 
-    def score(params, reference_params, prompts, rollouts, banned, other_tables):
+    def score(params, reference, prompts, rollouts, banned, other_tables):
         mask = rollouts.completion_mask
         logps_fn = logps_of(banned_ids_mask=banned, freeze_vision=True)
         tokens = (prompts, rollouts.completion_ids, mask)
@@ -307,7 +305,7 @@ def _build_score(config: Config, model: QwenVLConfig) -> Callable:
         # What the loss does not read is not computed at all.
         reference_logps = proximal_logps = rollouts.behavior_logps
         if loss.kl_estimator != "none":
-            reference_logps, _ = logps_fn(reference_params, *tokens)
+            reference_logps, _ = logps_fn(merge_trainable(reference, params), *tokens)
         if loss.ratio_anchor == "proximal":
             proximal_logps, _ = logps_fn(params, *tokens)
         returns = rewards

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from safegrpo_jax import config as config_lib
@@ -37,9 +36,10 @@ from safegrpo_jax.metrics import (
     write_evaluation,
     write_rollouts,
 )
+from safegrpo_jax.programs import reference_leaves
 from safegrpo_jax.report.html import write_report
 from safegrpo_jax.run import Run
-from safegrpo_jax.types import Labels, Params, Rewards, Rollouts, TrainState
+from safegrpo_jax.types import ArrayTree, Labels, Params, Rewards, Rollouts, TrainState
 
 STREAM_SEEDS = {"pretrain": 1, "cold_start": 2, "grpo": 3, "replay": 4}
 
@@ -110,14 +110,20 @@ def _run_supervised(
     return state.params
 
 
-def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: processes.StopRequest) -> Params:
-    """Parameters after GRPO; `reference_params` are its start and the fixed policy of the KL term."""
+def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.StopRequest) -> Params:
+    """Parameters after GRPO. Consumes `params`, its start and the fixed policy of the KL term."""
     settings = run.config.train
     if not settings.num_steps:
-        return reference_params
+        return params
     if finished := run.store.finished("grpo"):
         return run.store.restore_params(finished, _abstract_params(run))
-    state = _resume(run, "grpo") or run.programs.init_state["grpo"](jax.tree.map(jnp.copy, reference_params))
+    reference = reference_leaves(params, run.config)
+    if run.store.steps("grpo"):
+        for leaf in jax.tree.leaves(params):  # the state brings its own: frozen leaves are held once
+            leaf.delete()
+        state = _resume(run, "grpo")
+    else:
+        state = run.programs.init_state["grpo"](params)
     start = int(state.step)
     data = stream(run, "grpo", run.records["train"], settings.prompts_per_step, start)
     replay = None
@@ -129,7 +135,7 @@ def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: p
         state, metrics = grpo_step(
             run,
             state,
-            reference_params,
+            reference,
             next(data),
             next(replay) if replay else None,
             jax.random.fold_in(run_key, step),
@@ -149,13 +155,16 @@ def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: p
 def grpo_step(
     run: Run,
     state: TrainState,
-    reference_params: Params,
+    reference: ArrayTree,
     records: Sequence[Record],
     replay_records: Sequence[Record] | None,
     key: jax.Array,
     step: int,
 ) -> tuple[TrainState, dict[str, float]]:
-    """One step: sample groups, score them, update. Returns the new state and the step's metrics."""
+    """One step: sample groups, score them, update. Returns the new state and the step's metrics.
+
+    `reference` is the fixed policy of the KL term, as `programs.reference_leaves` gives it.
+    """
     timer = StageTimer()
     num_blocks = config_lib.num_blocks(run.config)
     with timer("encode"):
@@ -165,7 +174,7 @@ def grpo_step(
         rollouts, sampler_stats = run.programs.sampler.generate(state.params, prompts, key)
     with timer("score"):
         experience, rewards, stats = jax.block_until_ready(
-            run.programs.score(state.params, reference_params, prompts, rollouts)
+            run.programs.score(state.params, reference, prompts, rollouts)
         )
     advantages = experience.advantages
     if step % run.config.train.dump_rollouts_every == 0 or step == run.config.train.num_steps:

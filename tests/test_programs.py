@@ -11,6 +11,7 @@ from safegrpo_jax import config as config_lib
 from safegrpo_jax import run as run_lib
 from safegrpo_jax.grpo.advantages import AdvantageConfig, group_advantages
 from safegrpo_jax.grpo.loss import LossConfig, kl_estimate
+from safegrpo_jax.programs import reference_leaves
 
 SAME_PASS = 1e-5  # the same log-probabilities by two compiled programs, in float32
 
@@ -74,6 +75,10 @@ def test_proximal_logps_are_those_of_the_policy_in_training(rollout_batch):
     experience, _ = score(rollout_batch, ratio_anchor="proximal")
     np.testing.assert_allclose(experience.proximal_logps[mask], rollouts.behavior_logps[mask], atol=SAME_PASS)
     assert np.abs(experience.reference_logps - experience.proximal_logps)[mask].max() > 100 * SAME_PASS
+    no_reference = dataclasses.replace(
+        rollout_batch[0].config, loss=LossConfig(kl_estimator="none", kl_coefficient=0.0)
+    )
+    assert not jax.tree.leaves(reference_leaves(rollout_batch[1], no_reference))
     unread, _ = score(rollout_batch, kl_estimator="none", kl_coefficient=0.0)
     np.testing.assert_array_equal(unread.proximal_logps, rollouts.behavior_logps)
     np.testing.assert_array_equal(unread.reference_logps, rollouts.behavior_logps)

@@ -15,6 +15,7 @@ from safegrpo_jax import config as config_lib
 from safegrpo_jax import run as run_lib
 from safegrpo_jax import train
 from safegrpo_jax.metrics import TAG_NAMES
+from safegrpo_jax.programs import reference_leaves
 from safegrpo_jax.rewards.automaton import build_tables
 from safegrpo_jax.rewards.compose import compute_rewards
 from safegrpo_jax.rewards.spans import scan
@@ -130,6 +131,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(stage, number, finished, ca
     assert run_once(config, workdir) == 0
     assert metrics_of(workdir) == metrics_of(finished)
     assert len((workdir / "sessions.jsonl").read_text().splitlines()) == 2
+
+
+def test_grpo_leaves_a_frozen_tower_as_it_is(finished, cache_folder):
+    run = run_lib.build_run(toy_config(cache_folder), finished, ())
+    assert run.config.model.freeze_vision
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        run.programs.abstract_params,
+        run.programs.param_shardings,
+    )
+    before = run.store.restore_params(run.store.finished("cold_start"), abstract)
+    moved = jax.tree.map(lambda old, new: bool((old != new).any()), before, train.latest_params(run))
+    assert not any(jax.tree.leaves(moved["vision"])) and all(jax.tree.leaves(moved["text"]))
+    reference = reference_leaves(before, run.config)  # shares the tower with the policy
+    assert not jax.tree.leaves(reference["vision"])
+    jax.tree.map(np.testing.assert_array_equal, reference["text"], before["text"])
 
 
 def test_another_config_does_not_resume(finished, cache_folder):
