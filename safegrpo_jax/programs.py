@@ -22,11 +22,11 @@ from safegrpo_jax.config import Config
 from safegrpo_jax.grpo.advantages import group_advantages, per_rule_advantages, spread_over_spans
 from safegrpo_jax.grpo.logps import token_logps
 from safegrpo_jax.grpo.loss import kl_estimate
-from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
+from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer, merge_trainable, select_trainable
 from safegrpo_jax.grpo.update import logps_in_blocks, update_policy, update_supervised
 from safegrpo_jax.masked import masked_sum
 from safegrpo_jax.models import qwen_vl
-from safegrpo_jax.models.lora import adapter_mask
+from safegrpo_jax.models.lora import trainable_mask
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.rewards import spans as reward_spans
 from safegrpo_jax.rewards.compose import (
@@ -72,12 +72,12 @@ class Programs:
 
     `sampler_params(params)` are parameters as sampling wants them: matrices in the compute dtype, laid out for
     decoding. `sampler.generate(sampler_params, prompts, key)` samples groups as GRPO trains on them,
-    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` copies a reference policy, its matrices
-    in the compute dtype. `score(params, reference_params, prompts, rollouts)` gives the Experience, the rewards and
-    their metrics; `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)`
-    is one GRPO step, `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start".
-    `init_state[stage](params)` makes the TrainState of a stage. Both updates and `init_state` consume their first
-    argument.
+    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` is the reference policy: copies of the leaves
+    that GRPO trains, matrices in the compute dtype, None for those that it shares with the policy.
+    `score(params, reference, prompts, rollouts)` gives the Experience, the rewards and their metrics;
+    `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)` is one GRPO step,
+    `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start". `init_state[stage](params)` makes the
+    TrainState of a stage. Both updates and `init_state` consume their first argument.
     """
 
     mesh: Mesh
@@ -85,11 +85,11 @@ class Programs:
     param_shardings: ArrayTree
     init_params: Callable[[Key], Params]
     sampler_params: Callable[[Params], Params]
-    freeze: Callable[[Params], Params]
+    freeze: Callable[[Params], ArrayTree]
     sampler: Sampler
     greedy_sampler: Sampler
     grade: Callable[[Rollouts, Labels], Rewards]
-    score: Callable[[Params, Params, Prompts, Rollouts], tuple[Experience, Rewards, Metrics]]
+    score: Callable[[Params, ArrayTree, Prompts, Rollouts], tuple[Experience, Rewards, Metrics]]
     update: Callable[[TrainState, Experience, Demonstrations | None], tuple[TrainState, Metrics]]
     supervised: dict[str, Callable[[TrainState, Demonstrations], tuple[TrainState, Metrics]]]
     init_state: dict[str, Callable[[Params], TrainState]]
@@ -173,16 +173,6 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
     }
 
 
-def trainable_mask(abstract_params: Params, freeze_vision: bool) -> ArrayTree:
-    """True for every parameter that a stage trains: the adapters where there are any, else all of them."""
-    mask = adapter_mask(abstract_params)
-    if not any(jax.tree.leaves(mask)):
-        mask = jax.tree.map(lambda _: True, abstract_params)
-    if freeze_vision:
-        mask["vision"] = jax.tree.map(lambda _: False, mask["vision"])
-    return mask
-
-
 def build_programs(
     config: Config,
     model: QwenVLConfig,
@@ -223,7 +213,7 @@ def build_programs(
         param_shardings=shardings,
         init_params=jax.jit(lambda key: qwen_vl.init_params(model, key), out_shardings=shardings),
         sampler_params=_build_sampler_params(model, param_shardings(abstract, sampling_mesh, config=config.sharding)),
-        freeze=jax.jit(functools.partial(qwen_vl.cast_weights, config=model), out_shardings=shardings),
+        freeze=_build_freeze(config, model, shardings),
         sampler=build_sampler(config.sampling),
         greedy_sampler=build_sampler(greedy),
         grade=_build_grade(config),
@@ -256,6 +246,16 @@ def _build_sampler_params(model: QwenVLConfig, layout: ArrayTree) -> Callable[[P
         return jax.tree_util.tree_map_with_path(move, qwen_vl.cast_weights(params, model), layout)
 
     return jax.jit(sampler_params, out_shardings=layout)
+
+
+def _build_freeze(config: Config, model: QwenVLConfig, shardings: ArrayTree) -> Callable[[Params], ArrayTree]:
+    mask = trainable_mask(shardings, config.model.freeze_vision)
+    if config.loss.kl_estimator == "none":  # nothing will read it
+        mask = jax.tree.map(lambda _: False, mask)
+    return jax.jit(
+        lambda params: select_trainable(qwen_vl.cast_weights(params, model), mask),
+        out_shardings=select_trainable(shardings, mask),
+    )
 
 
 class _Stage(NamedTuple):
@@ -348,7 +348,7 @@ def _build_score(config: Config, model: QwenVLConfig, mesh: Mesh) -> Callable:
         make_logps_fn, model, temperature=sampling.temperature, chunk=config.model.logits_chunk
     )
 
-    def score(params, reference_params, prompts, rollouts, banned, other_tables):
+    def score(params, reference, prompts, rollouts, banned, other_tables):
         mask = rollouts.completion_mask
         all_at_once = logps_of(banned_ids_mask=banned, freeze_vision=True)
         num_blocks = config.policy_update.num_minibatches * config.policy_update.num_microbatches
@@ -363,7 +363,7 @@ def _build_score(config: Config, model: QwenVLConfig, mesh: Mesh) -> Callable:
         # What the loss does not read is not computed at all.
         reference_logps = proximal_logps = rollouts.behavior_logps
         if loss.kl_estimator != "none":
-            reference_logps = logps_fn(reference_params, *tokens)
+            reference_logps = logps_fn(merge_trainable(reference, params), *tokens)
         if loss.ratio_anchor == "proximal":
             proximal_logps = logps_fn(params, *tokens)
         returns = rewards

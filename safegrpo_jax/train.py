@@ -38,7 +38,7 @@ from safegrpo_jax.metrics import (
 )
 from safegrpo_jax.report.html import write_report
 from safegrpo_jax.run import Run
-from safegrpo_jax.types import Labels, Params, Rewards, Rollouts, TrainState
+from safegrpo_jax.types import ArrayTree, Labels, Params, Rewards, Rollouts, TrainState
 
 STREAM_SEEDS = {"pretrain": 1, "cold_start": 2, "grpo": 3, "replay": 4}
 
@@ -110,15 +110,19 @@ def _run_supervised(
 
 
 def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.StopRequest) -> Params:
-    """Parameters after GRPO from `params`, which are consumed; a copy of them is the fixed policy of the KL term."""
+    """Parameters after GRPO. Consumes `params`, its start and the fixed policy of the KL term."""
     settings = run.config.train
     if not settings.num_steps:
         return params
     if finished := run.store.finished("grpo"):
         return run.store.restore_params(finished, _abstract_params(run))
-    reference_params = run.programs.freeze(params)
-    state = _resume(run, "grpo") or run.programs.init_state["grpo"](params)
-    jax.tree.map(lambda leaf: leaf.delete(), params)  # a resumed run has not consumed them
+    reference = run.programs.freeze(params)
+    if run.store.steps("grpo"):
+        for leaf in jax.tree.leaves(params):  # the state brings its own: frozen leaves are held once
+            leaf.delete()
+        state = _resume(run, "grpo")
+    else:
+        state = run.programs.init_state["grpo"](params)
     start = int(state.step)
     data = stream(run, "grpo", run.records["train"], settings.prompts_per_step, start)
     replay = None
@@ -130,7 +134,7 @@ def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.S
         state, metrics = grpo_step(
             run,
             state,
-            reference_params,
+            reference,
             next(data),
             next(replay) if replay else None,
             jax.random.fold_in(run_key, step),
@@ -150,13 +154,16 @@ def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.S
 def grpo_step(
     run: Run,
     state: TrainState,
-    reference_params: Params,
+    reference: ArrayTree,
     records: Sequence[Record],
     replay_records: Sequence[Record] | None,
     key: jax.Array,
     step: int,
 ) -> tuple[TrainState, dict[str, float]]:
-    """One step: sample groups, score them, update. Returns the new state and the step's metrics."""
+    """One step: sample groups, score them, update. Returns the new state and the step's metrics.
+
+    `reference` is the fixed policy of the KL term, as `programs.freeze` gives it.
+    """
     timer = StageTimer()
     num_blocks = config_lib.num_blocks(run.config)
     with timer("encode"):
@@ -168,7 +175,7 @@ def grpo_step(
         del sampler_params  # room for the passes that follow
     with timer("score"):
         experience, rewards, stats = jax.block_until_ready(
-            run.programs.score(state.params, reference_params, prompts, rollouts)
+            run.programs.score(state.params, reference, prompts, rollouts)
         )
     advantages = experience.advantages
     if step % run.config.train.dump_rollouts_every == 0 or step == run.config.train.num_steps:
