@@ -72,12 +72,12 @@ class Programs:
 
     `sampler_params(params)` are parameters as sampling wants them: matrices in the compute dtype, laid out for
     decoding. `sampler.generate(sampler_params, prompts, key)` samples groups as GRPO trains on them,
-    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` is the reference policy: copies of the leaves
-    that GRPO trains, matrices in the compute dtype, None for those that it shares with the policy.
+    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` is the reference policy: copies of the
+    leaves that GRPO trains, matrices in the compute dtype, None for those that it shares with the policy.
     `score(params, reference, prompts, rollouts)` gives the Experience, the rewards and their metrics;
-    `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)` is one GRPO step,
-    `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start". `init_state[stage](params)` makes the
-    TrainState of a stage. Both updates and `init_state` consume their first argument.
+    `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)` is one GRPO
+    step, `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start". `init_state[stage](params)`
+    makes the TrainState of a stage. Both updates and `init_state` consume their first argument.
     """
 
     mesh: Mesh

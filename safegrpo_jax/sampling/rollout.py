@@ -32,7 +32,7 @@ from safegrpo_jax.sampling.decode import (
 from safegrpo_jax.sampling.logits import choose_tokens, gumbel_noise
 from safegrpo_jax.sampling.schedule import Layout, Prefixes, lay_out, slots_to_keep
 from safegrpo_jax.sharding import batch_axis, replicate
-from safegrpo_jax.types import Array, ArrayTree, Key, Params, Prompts, Rollouts, VisionFeatures
+from safegrpo_jax.types import Array, ArrayTree, Key, Params, Prompts, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +104,6 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def features(self) -> VisionFeatures:
-        """Of the vision tokens, in packing order: prompts find those of their shard in their shard."""
-        return VisionFeatures(self.rows, NamedSharding(self.mesh, PartitionSpec(None, self.batch_axes)))
-
-    @property
     def heads(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(self.batch_axes, self.head_axis))
 
@@ -122,11 +117,19 @@ class Placement:
         image_rows = NamedSharding(self.mesh, PartitionSpec(everywhere))
 
         def place(path, leaf):
-            if path[0].name == "images":
-                return image_rows
-            return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
+            return image_rows if path[0].name == "images" else self._batch_rows(path)
 
         return jax.tree_util.tree_map_with_path(place, prompts)
+
+    def spread_features(self, features: ArrayTree) -> ArrayTree:
+        """Inside jit: vision tokens, in packing order, over the shards: prompts find their own in their shard."""
+        layout = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self._batch_rows(path) if leaf.ndim else self.replicated, features
+        )
+        return jax.lax.with_sharding_constraint(features, layout)
+
+    def _batch_rows(self, path: jax.tree_util.KeyPath) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
 
     def constrain(self, tree: ArrayTree) -> ArrayTree:
         """Inside jit: arrays where `shardings` says."""
@@ -166,7 +169,7 @@ class Sampler:
             sampling.group_size, sampling.max_new_tokens, sampling.decode_chunk, tuple(stop_ids)
         )
         self.constants = replicate((banned_ids_mask, reward_tables), placement.mesh)
-        self.encode = jax.jit(functions.encode, out_shardings=placement.features)
+        self.encode = jax.jit(lambda params, prompts: placement.spread_features(functions.encode(params, prompts)))
         self.start = jax.jit(self._start, static_argnames="layout")
         self.prefill = jax.jit(self._prefill, donate_argnames="pool")
         self.decode = jax.jit(self._decode, donate_argnames=("state", "private"))
