@@ -29,16 +29,21 @@ def attend(
     *,
     causal: bool,
     implementation: str,
+    prefix_ids: Int[Array, "n t"] | None = None,
 ) -> Float[Array, "n h t e"]:
     """Attention of every token to the tokens of its segment (up to itself when `causal`). Key head j serves
     query heads [j*h/k, (j+1)*h/k). Rows of segment 0 come out finite and meaningless.
 
+    With `prefix_ids` a token also sees the tokens of that segment: a prompt that several responses share.
+
     Raises:
-      ValueError: unknown implementation.
+      ValueError: unknown implementation, or prefixes for the splash kernel, whose masks are equal segments.
     """
+    if prefix_ids is not None and implementation != "reference":
+        raise ValueError(f"attention {implementation!r} cannot share prompts in a row; use 'reference'")
     match implementation:
         case "reference":
-            return _attend_reference(query, keys, values, segment_ids, causal)
+            return _attend_reference(query, keys, values, segment_ids, prefix_ids, causal)
         case "splash" | "splash_interpret":
             interpret = implementation == "splash_interpret"
             return attend_splash(query, keys, values, segment_ids, causal, interpret).astype(values.dtype)
@@ -46,10 +51,13 @@ def attend(
             raise ValueError(f"attention implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
 
 
-def _attend_reference(query, keys, values, segment_ids, causal):
+def _attend_reference(query, keys, values, segment_ids, prefix_ids, causal):
     n, h, t, e = query.shape
     k = keys.shape[1]
-    visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, None, :] > 0)
+    visible = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if prefix_ids is not None:
+        visible |= prefix_ids[:, :, None] == segment_ids[:, None, :]
+    visible &= segment_ids[:, None, :] > 0
     if causal:
         visible &= jnp.tri(t, dtype=bool)
     bias = jnp.where(visible, 0.0, MASKED_SCORE)[:, None, None]

@@ -132,15 +132,16 @@ class TextDecoder(nnx.Module):
     def run(
         self,
         x: Float[Array, "n t d"],
-        mask: Bool[Array, "n t"],
+        mask: Bool[Array, "n t"] | Int[Array, "n t"],
         positions: Int[Array, "3 n t"],
         vision_mask: Bool[Array, "n t"],
         feature_index: Int[Array, "n t"],
         deepstack: Float[Array, "taps m d"],
         execution: Execution,
         keep_cache: bool,
+        prefix_ids: Int[Array, "n t"] | None = None,
     ) -> tuple[Float[Array, "n t d"], tuple]:
-        """All blocks over whole rows, without the final norm.
+        """All blocks over whole rows, without the final norm. `mask` and `prefix_ids` as in `qwen_vl.text_hidden`.
 
         Returns:
           Hidden states, and with `keep_cache` the (keys, values) of each layer, [n k t e], else an empty tuple.
@@ -150,7 +151,15 @@ class TextDecoder(nnx.Module):
 
         def body(x, block):
             query, keys, values = block.heads(x, cos, sin)
-            attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
+            attended = attend(
+                query,
+                keys,
+                values,
+                segment_ids,
+                causal=True,
+                implementation=execution.attention,
+                prefix_ids=prefix_ids,
+            )
             return block.finish(x, attended), (keys, values) if keep_cache else None
 
         def deepstack_body(x, layer):

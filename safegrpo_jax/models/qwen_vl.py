@@ -135,22 +135,33 @@ def encode_images(params: Params, images: PackedImages, config: QwenVLConfig) ->
 def text_hidden(
     params: Params,
     token_ids: Int[Array, "n t"],
-    mask: Bool[Array, "n t"],
+    mask: Bool[Array, "n t"] | Int[Array, "n t"],
     positions: Int[Array, "3 n t"],
     vision_mask: Bool[Array, "n t"],
     feature_index: Int[Array, "n t"],
     features: VisionFeatures,
     config: QwenVLConfig,
+    prefix_ids: Int[Array, "n t"] | None = None,
 ) -> Float[Array, "n t d"]:
     """Hidden states after the final norm, in the compute dtype.
 
     Where `vision_mask` is True the token is replaced by row `feature_index` of `features`. Tokens with a False
-    `mask` influence no other token; their own hidden states are finite and meaningless.
+    `mask` influence no other token; their own hidden states are finite and meaningless. A row of several sequences
+    has their numbers, 1 and up, for a mask: tokens see those of their own number alone, and with `prefix_ids` also
+    those of that number.
     """
     decoder = _text(params, config)
     x = _splice(decoder, token_ids, vision_mask, feature_index, features, config)
     x, _ = decoder.run(
-        x, mask, positions, vision_mask, feature_index, features.deepstack, config.execution, keep_cache=False
+        x,
+        mask,
+        positions,
+        vision_mask,
+        feature_index,
+        features.deepstack,
+        config.execution,
+        keep_cache=False,
+        prefix_ids=prefix_ids,
     )
     return decoder.norm(x)
 
