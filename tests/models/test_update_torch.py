@@ -16,7 +16,7 @@ from safegrpo_jax.grpo.loss import LossConfig
 from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
 from safegrpo_jax.grpo.update import UpdateConfig, update_policy
 from safegrpo_jax.models import hf_weights
-from safegrpo_jax.programs import make_logps_fn
+from safegrpo_jax.policy import make_logps_fn
 from safegrpo_jax.types import Experience, TrainState
 
 torch = pytest.importorskip("torch")
