@@ -128,7 +128,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.packing = ConfigDict()
     config.packing.row_len = 0  # tokens of a row of several rollouts in score and update; 0 pads each to its own row
     config.packing.rows = 16  # rows of a microbatch, over the whole mesh
-    config.packing.share_prompts = False  # True: a row holds the prompt of several responses once
+    config.packing.share_prompts = False  # True: a prompt is computed once for its responses, in a row or all
 
     config.optimizer = _optimizer(learning_rate=1e-6)
 

@@ -309,6 +309,11 @@ def validate(config: Config) -> None:
 
 def _validate_packing(config: Config) -> None:
     packing, longest = config.packing, config.processor.prompt_buckets[-1] + config.sampling.max_new_tokens
+    if packing.share_prompts and config.model.attention != "reference":
+        raise ValueError(
+            f"config.packing.share_prompts needs model.attention='reference': {config.model.attention!r} knows equal "
+            "segments only; set share_prompts to False, or the attention"
+        )
     if not packing.row_len:
         return
     if packing.row_len < longest:
@@ -319,11 +324,6 @@ def _validate_packing(config: Config) -> None:
     if packing.rows % config.mesh.data_parallel:
         raise ValueError(
             f"config.packing.rows={packing.rows} must be a multiple of data x fsdp = {config.mesh.data_parallel}"
-        )
-    if packing.share_prompts and config.model.attention != "reference":
-        raise ValueError(
-            f"config.packing.share_prompts needs model.attention='reference': {config.model.attention!r} knows equal "
-            "segments only; set share_prompts to False, or the attention"
         )
     if config.loss.normalizer != "global":
         raise ValueError("config.loss.normalizer='micro' is not defined for packed rows: set 'global', or row_len to 0")

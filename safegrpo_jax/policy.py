@@ -46,7 +46,7 @@ def make_logps_fn(
     Row r of the completions continues prompt r // (n // b). Images are encoded once per prompt. With
     `freeze_vision` no gradient reaches the vision tower. With one block of a `Packing` as fifth argument the model runs
     on packed rows, spread over `batch_axes`, and the results are those of the block's rollouts, [members c].
-    `share_prompts` as the packing was made.
+    With `share_prompts` a prompt is computed once for all of its completions, or as the packing was made.
     """
 
     def score(params, states, target_ids, mask):
@@ -64,6 +64,15 @@ def make_logps_fn(
         # The hidden state at token t predicts token t + 1.
         prompt_len = prompts.prompt_ids.shape[1]
         return score(params, hidden[:, prompt_len - 1 : -1], completion_ids, completion_mask)
+
+    def shared(params, prompts, completion_ids, completion_mask):
+        features = encode(params, prompts.images)
+        group = completion_ids.shape[0] // prompts.prompt_ids.shape[0]
+        positions = _completion_positions(prompts, completion_ids)
+        tokens = (completion_ids, completion_mask, positions)
+        last, hidden = qwen_vl.continuation_hidden(params, prompts, features, *tokens, model)
+        states = jnp.concatenate([jnp.repeat(last, group, 0)[:, None], hidden[:, :-1]], 1)
+        return score(params, states, completion_ids, completion_mask)
 
     def packed(params, prompts, completion_ids, completion_mask, block):
         def spread(x, axis=0):
@@ -91,9 +100,9 @@ def make_logps_fn(
         return tuple(jnp.where(mask, value.reshape(-1)[place], 0.0) for value in values)
 
     def logps_fn(params, prompts, completion_ids, completion_mask, block: Packing | None = None):
-        if block is None:
-            return padded(params, prompts, completion_ids, completion_mask)
-        return packed(params, prompts, completion_ids, completion_mask, block)
+        if block is not None:
+            return packed(params, prompts, completion_ids, completion_mask, block)
+        return (shared if share_prompts else padded)(params, prompts, completion_ids, completion_mask)
 
     return logps_fn
 
@@ -105,8 +114,7 @@ def _join(prompts: Prompts, completion_ids: Int[Array, "n c"], completion_mask: 
     def repeat(x, axis=0):
         return jnp.repeat(x, group, axis=axis)
 
-    length = completion_ids.shape[1]
-    completion_pos = repeat(_first_position(prompts))[:, None] + jnp.arange(length, dtype=jnp.int32)
+    completion_pos = _completion_positions(prompts, completion_ids)
     no_vision = jnp.zeros_like(completion_ids)
     return (
         jnp.concatenate([repeat(prompts.prompt_ids), completion_ids], 1),
@@ -134,6 +142,12 @@ def _gather_rows(prompts: Prompts, completion_ids: Int[Array, "n c"], block: Pac
         vision_mask,
         jnp.where(vision_mask, block.image_slots[image_row] * features_per_row + feature, 0),
     )
+
+
+def _completion_positions(prompts: Prompts, completion_ids: Int[Array, "n c"]) -> Int[Array, "n c"]:
+    num_rows, length = completion_ids.shape
+    first = jnp.repeat(_first_position(prompts), num_rows // prompts.prompt_ids.shape[0])
+    return first[:, None] + jnp.arange(length, dtype=jnp.int32)
 
 
 def _first_position(prompts: Prompts) -> Int[Array, "b"]:

@@ -104,9 +104,9 @@ class Run:
         prompt_mask, completion_len = processes.fetch((prompts.prompt_mask, rollouts.completion_len))
         prompt_len = prompt_mask.sum(1)
         if not config.packing.row_len:
-            real = int(prompt_len.sum()) * config.sampling.group_size + int(completion_len.sum())
-            width = prompt_mask.shape[1] + rollouts.completion_ids.shape[1]
-            return None, _token_metrics(real, completion_len.size * width)
+            copies = 1 if config.packing.share_prompts else config.sampling.group_size
+            real = int(prompt_len.sum()) * copies + int(completion_len.sum())
+            return None, _token_metrics(real, prompt_mask.size * copies + rollouts.completion_ids.size)
         num_rows, num_patches = prompts.images.segment_ids.shape
         packing = pack_rollouts(
             prompt_len,

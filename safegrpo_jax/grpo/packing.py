@@ -29,7 +29,8 @@ class PackingConfig:
     """Rows that hold several rollouts; `row_len` 0 leaves every rollout a padded row of its own.
 
     `row_len`: tokens of a row, at least the longest prompt and completion together. `rows`: rows of a microbatch, over
-    the whole mesh. `share_prompts`: responses of one prompt that lie in one row share the prompt's tokens.
+    the whole mesh. `share_prompts`: responses of one prompt that lie in one row share the prompt's tokens; with padded
+    rows all responses of a prompt do.
 
     Raises:
       ValueError: sizes that make no sense.

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from safegrpo_jax.models.attention import attend, attend_cache
+from safegrpo_jax.models.attention import attend, attend_cache, attend_continuations
 from safegrpo_jax.models.experts import ExpertMLP
 from safegrpo_jax.models.layers import INIT_STD, Execution, GatedMLP, Linear, RMSNorm, init_stacks, run_layers, unstack
 from safegrpo_jax.models.rope import contiguous_axes, interleaved_axes, rotate, text_angles
@@ -173,6 +173,43 @@ class TextDecoder(nnx.Module):
             x, first = run_layers(deepstack_body, x, (self.deepstack_layers, deepstack), execution)
         x, rest = run_layers(body, x, self.layers, execution)
         return x, first + rest if keep_cache else ()
+
+    def run_continuations(
+        self,
+        x: Float[Array, "b p d"],
+        mask: Bool[Array, "b p"],
+        positions: Int[Array, "3 b p"],
+        vision_mask: Bool[Array, "b p"],
+        feature_index: Int[Array, "b p"],
+        deepstack: Float[Array, "taps m d"],
+        y: Float[Array, "n c d"],
+        y_mask: Bool[Array, "n c"],
+        y_positions: Int[Array, "n c"],
+        execution: Execution,
+    ) -> tuple[Float[Array, "b p d"], Float[Array, "n c d"]]:
+        """As `run` on every row of `y` behind its prompt, r // (n // b), but each prompt is computed once."""
+        cos, sin = self._rotation(positions, execution)
+        y_cos, y_sin = self._rotation(jnp.broadcast_to(y_positions, (3, *y_positions.shape)), execution)
+        segment_ids = mask.astype(jnp.int32)
+
+        def body(carry, block):
+            x, y = carry
+            query, keys, values = block.heads(x, cos, sin)
+            attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
+            own = block.heads(y, y_cos, y_sin)
+            continued = attend_continuations(*own, y_mask, keys, values, mask)
+            return (block.finish(x, attended), block.finish(y, continued)), None
+
+        def deepstack_body(carry, layer):
+            block, features = layer
+            (x, y), _ = body(carry, block)
+            added = jnp.where(vision_mask[..., None], features[feature_index].astype(x.dtype), 0)
+            return (x + added, y), None
+
+        carry = (x, y)
+        if self.deepstack_layers is not None:
+            carry, _ = run_layers(deepstack_body, carry, (self.deepstack_layers, deepstack), execution)
+        return run_layers(body, carry, self.layers, execution)[0]
 
     def decode(
         self,

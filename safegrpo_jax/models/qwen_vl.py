@@ -166,6 +166,37 @@ def text_hidden(
     return decoder.norm(x)
 
 
+def continuation_hidden(
+    params: Params,
+    prompts: Prompts,
+    features: VisionFeatures,
+    token_ids: Int[Array, "n c"],
+    mask: Bool[Array, "n c"],
+    positions: Int[Array, "n c"],
+    config: QwenVLConfig,
+) -> tuple[Float[Array, "b d"], Float[Array, "n c d"]]:
+    """Hidden states after the final norm: of each prompt's last token, and of all tokens of its continuations.
+
+    Row r continues prompt r // (n // b), whose tokens are computed once. The prompts are left-padded; continuations
+    hold no image, and their `positions` are equal on all axes.
+    """
+    decoder = _text(params, config)
+    x = _splice(decoder, prompts.prompt_ids, prompts.vision_mask, prompts.feature_index, features, config)
+    x, y = decoder.run_continuations(
+        x,
+        prompts.prompt_mask,
+        prompts.positions,
+        prompts.vision_mask,
+        prompts.feature_index,
+        features.deepstack,
+        decoder.embed_tokens(token_ids, config.execution),
+        mask,
+        positions,
+        config.execution,
+    )
+    return decoder.norm(x[:, -1]), decoder.norm(y)
+
+
 def logits_from_hidden(
     params: Params, hidden: Float[Array, "*rows d"], config: QwenVLConfig
 ) -> Float[Array, "*rows v"]:

@@ -144,7 +144,16 @@ def test_microbatches_add_up(num_microbatches, params, padded):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"remat": True}, {"scan_layers": False}, {"chunk": 3}, {"chunk": 10}], ids=lambda s: str(s)
+    "settings",
+    [
+        {"remat": True},
+        {"scan_layers": False},
+        {"chunk": 3},
+        {"chunk": 10},
+        {"share": True},
+        {"share": True, "cuts": UpdateConfig(num_microbatches=4)},
+    ],
+    ids=["remat", "unrolled", "chunk-3", "chunk-10", "shared", "shared-4"],
 )
 def test_ways_of_execution_give_one_gradient(settings, params, padded):
     assert_same(make_update(**settings)(start(params), make_experience(), None), padded)
@@ -166,12 +175,13 @@ def test_the_order_of_rollouts_is_irrelevant(params, padded):
     assert_same(make_update()(start(params), shuffled, None), padded)
 
 
-@pytest.mark.parametrize("kind", ["padded", "separate", "shared"])
+@pytest.mark.parametrize("share", [False, True], ids=["separate", "shared"])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 4, "tensor": 2}], ids=["8", "4x2"])
-def test_meshes_give_the_gradient_of_one_device(axes, kind, params, padded):
-    mesh, share, packing = make_mesh(axes), kind == "shared", None
+def test_meshes_give_the_gradient_of_one_device(axes, is_packed, share, params, padded):
+    mesh, packing = make_mesh(axes), None
     batch_axes = tuple(name for name in ("data", "fsdp") if name in axes)
-    if kind != "padded":
+    if is_packed:
         packing = make_packing(PackingConfig(28, 8, share), num_shards=mesh.size // axes.get("tensor", 1))
         assert len(packing.rollout) > 1, "several blocks"
     with jax.set_mesh(mesh):
