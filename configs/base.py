@@ -140,6 +140,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh.tensor = 1
     config.mesh.expert = 1
     config.mesh.peak_flops = 0.0  # of one device, such as 275e12 (v4); 0 logs no estimate of its use
+    config.mesh.sampling_tensor = 0  # `tensor` of sampling, where all other devices split the batch; 0 is the same
 
     config.evaluation = ConfigDict()
     config.evaluation.splits = ("test",)

@@ -8,6 +8,7 @@ baked into an executable. Donation: updates consume their state.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from safegrpo_jax.rewards.compose import (
 )
 from safegrpo_jax.sampling.rollout import Placement, Sampler, SamplingConfig
 from safegrpo_jax.sft import SupervisedConfig
-from safegrpo_jax.sharding import param_shardings
+from safegrpo_jax.sharding import batch_sharding, param_shardings, regroup
 from safegrpo_jax.types import (
     Array,
     ArrayTree,
@@ -62,8 +63,10 @@ from safegrpo_jax.types import (
 class Programs:
     """The jitted programs of one run. Batches are sharded over the data axes, parameters by their rules.
 
-    `sampler.generate(params, prompts, key)` samples groups as GRPO trains on them, `greedy_sampler` gives one
-    greedy completion a prompt. `score(params, reference_params, prompts, rollouts, packing, kl_coefficient)` gives the
+    `sampler_params(params)` are parameters as sampling wants them: matrices in the compute dtype, laid out for
+    decoding. `sampler.generate(sampler_params, prompts, key)` samples groups as GRPO trains on them,
+    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` copies a reference policy, its matrices
+    in the compute dtype. `score(params, reference_params, prompts, rollouts, packing, kl_coefficient)` gives the
     Experience, the rewards and their metrics; `grade(rollouts, labels of the prompts)` the rewards alone.
     `update(state, experience, replay, packing)` is one GRPO step, `supervised[stage](state, demonstrations)` one of
     "pretrain" or "cold_start". `packing` is None for padded rows. `init_state[stage](params)` makes the TrainState of a
@@ -74,6 +77,8 @@ class Programs:
     abstract_params: Params
     param_shardings: ArrayTree
     init_params: Callable[[Key], Params]
+    sampler_params: Callable[[Params], Params]
+    freeze: Callable[[Params], Params]
     sampler: Sampler
     greedy_sampler: Sampler
     grade: Callable[[Rollouts, Labels], Rewards]
@@ -135,15 +140,20 @@ def build_programs(
     )
     greedy = dataclasses.replace(config.sampling, group_size=1, temperature=0.0)
 
+    sampling_mesh = regroup(mesh, config.mesh.sampling_axis_sizes)
+    placement = Placement(sampling_mesh, config.mesh.batch_axes, _head_axis(config, model))
+
     def build_sampler(sampling: SamplingConfig) -> Sampler:
-        placement = Placement(mesh, config.mesh.batch_axes, _head_axis(config, model))
-        return Sampler(model_functions(model), sampling, placement, banned_ids_mask, stop_ids, reward_tables)
+        rows = batch_sharding(mesh)
+        return Sampler(model_functions(model), sampling, placement, banned_ids_mask, stop_ids, reward_tables, rows)
 
     return Programs(
         mesh=mesh,
         abstract_params=abstract,
         param_shardings=shardings,
         init_params=jax.jit(lambda key: qwen_vl.init_params(model, key), out_shardings=shardings),
+        sampler_params=_build_sampler_params(model, param_shardings(abstract, sampling_mesh, config=config.sharding)),
+        freeze=jax.jit(functools.partial(qwen_vl.cast_weights, config=model), out_shardings=shardings),
         sampler=build_sampler(config.sampling),
         greedy_sampler=build_sampler(greedy),
         grade=_build_grade(config),
@@ -160,6 +170,22 @@ def build_programs(
             "grpo": grpo.shardings,
         },
     )
+
+
+def _build_sampler_params(model: QwenVLConfig, layout: ArrayTree) -> Callable[[Params], Params]:
+    """Casts, then lays out. Stacks go layer by layer: where the partitioned axis changes, the compiler brings an array
+    whole to every device."""
+
+    def move(path, leaf, target):
+        if "layers" not in jax.tree_util.keystr(path) or not any(target.spec):
+            return leaf
+        layer_target = NamedSharding(target.mesh, PartitionSpec(*target.spec[1:]))
+        return jax.lax.map(lambda layer: jax.lax.with_sharding_constraint(layer, layer_target), leaf)
+
+    def sampler_params(params):
+        return jax.tree_util.tree_map_with_path(move, qwen_vl.cast_weights(params, model), layout)
+
+    return jax.jit(sampler_params, out_shardings=layout)
 
 
 class _Stage(NamedTuple):
@@ -333,7 +359,7 @@ def _build_grade(config: Config) -> Callable:
 def _head_axis(config: Config, model: QwenVLConfig) -> str | None:
     """The mesh axis that the cache's key heads are spread over, as the projections that make them are."""
     axis = config.sharding.kv_heads
-    parts = getattr(config.mesh, axis) if axis else 1
+    parts = config.mesh.sampling_axis_sizes[axis] if axis else 1
     return axis if parts > 1 and model.text.num_kv_heads % parts == 0 else None
 
 

@@ -39,7 +39,9 @@ def grpo_step(
         prompts = run.prompts(records, num_blocks)
         replay = run.demonstrations(replay_records, num_blocks) if replay_records else None
     with timer("generate"):
-        rollouts, sampler_stats = sample_groups(run, state.params, records, prompts, key)
+        sampler_params = run.programs.sampler_params(state.params)
+        rollouts, sampler_stats = sample_groups(run, sampler_params, records, prompts, key)
+        del sampler_params  # room for the passes that follow
     with timer("score"):
         packing, token_stats = run.pack(prompts, rollouts)
         experience, rewards, stats = jax.block_until_ready(
@@ -56,14 +58,14 @@ def grpo_step(
 
 
 def sample_groups(
-    run: Run, params: Params, records: Sequence[Record], prompts: Prompts, key: jax.Array
+    run: Run, sampler_params: Params, records: Sequence[Record], prompts: Prompts, key: jax.Array
 ) -> tuple[Rollouts, dict[str, float]]:
     """Groups of samples; those whose rewards are all equal are sampled again, `train.max_resamples` times at most.
 
     A group that stays so is kept: its advantages are 0. The statistics are the sampler's for the first draw, and the
     number of groups that were drawn again. Source: dynamic sampling (DAPO, arXiv 2503.14476), here with a bound.
     """
-    rollouts, stats = run.programs.sampler.generate(params, prompts, key)
+    rollouts, stats = run.programs.sampler.generate(sampler_params, prompts, key)
     group, num_again = run.config.sampling.group_size, 0
     for attempt in range(1, run.config.train.max_resamples + 1):
         rewards = processes.fetch(run.programs.grade(rollouts, prompts.labels).total).reshape(-1, group)
@@ -73,7 +75,7 @@ def sample_groups(
         size = _smallest_half(len(records), len(constant), run.config.mesh.data_parallel)
         chosen = np.resize(constant, size)  # what repeats is drawn from the same noise, hence the same
         part = run.prompts([records[index] for index in chosen], run.config.mesh.data_parallel)
-        fresh, _ = run.programs.sampler.generate(params, part, jax.random.fold_in(key, attempt))
+        fresh, _ = run.programs.sampler.generate(sampler_params, part, jax.random.fold_in(key, attempt))
         rows = (chosen[:, None] * group + np.arange(group)).reshape(-1)
         rollouts = _replace_rows(rollouts, fresh, rows)
         num_again += len(constant)

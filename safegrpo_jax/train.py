@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from safegrpo_jax import config as config_lib
@@ -109,14 +108,16 @@ def _run_supervised(
     return state.params
 
 
-def _run_grpo(run: Run, writer: MetricsWriter, reference_params: Params, stop: processes.StopRequest) -> Params:
-    """Parameters after GRPO; `reference_params` are its start and the fixed policy of the KL term."""
+def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.StopRequest) -> Params:
+    """Parameters after GRPO from `params`, which are consumed; a copy of them is the fixed policy of the KL term."""
     settings = run.config.train
     if not settings.num_steps:
-        return reference_params
+        return params
     if finished := run.store.finished("grpo"):
         return run.store.restore_params(finished, _abstract_params(run))
-    state = _resume(run, "grpo") or run.programs.init_state["grpo"](jax.tree.map(jnp.copy, reference_params))
+    reference_params = run.programs.freeze(params)
+    state = _resume(run, "grpo") or run.programs.init_state["grpo"](params)
+    jax.tree.map(lambda leaf: leaf.delete(), params)  # a resumed run has not consumed them
     start = int(state.step)
     data = stream(run, "grpo", run.records["train"], settings.prompts_per_step, start)
     replay = None
@@ -183,25 +184,25 @@ def _open_progress(stage: str, num_steps: int, start: int) -> Progress:
     return Progress(stream, stage, num_steps, start)
 
 
-def run_greedy(run: Run, params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
+def run_greedy(run: Run, sampler_params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
     """One greedy completion of each record, with its reward."""
     prompts = run.prompts(records, run.config.mesh.data_parallel)
-    rollouts, _ = run.programs.greedy_sampler.generate(params, prompts, jax.random.key(0))
+    rollouts, _ = run.programs.greedy_sampler.generate(sampler_params, prompts, jax.random.key(0))
     return rollouts, run.programs.grade(rollouts, prompts.labels)
 
 
-def run_sampled(run: Run, params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
+def run_sampled(run: Run, sampler_params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
     """A group of samples of each record, drawn as in training, with their rewards."""
     prompts = run.prompts(records, config_lib.num_blocks(run.config))
     key = jax.random.fold_in(jax.random.key(run.config.seed), 0)
-    rollouts, _ = run.programs.sampler.generate(params, prompts, key)
+    rollouts, _ = run.programs.sampler.generate(sampler_params, prompts, key)
     return rollouts, run.programs.grade(rollouts, prompts.labels)
 
 
-def score_records(run: Run, params: Params, records: Sequence[Record]) -> tuple[Scores, Rollouts, Rewards]:
+def score_records(run: Run, sampler_params: Params, records: Sequence[Record]) -> tuple[Scores, Rollouts, Rewards]:
     """Greedy scores of `records`."""
     batch_size = run.config.evaluation.batch_size
-    rollouts, rewards = run_split(records, batch_size, lambda batch: run_greedy(run, params, batch))
+    rollouts, rewards = run_split(records, batch_size, lambda batch: run_greedy(run, sampler_params, batch))
     texts = [
         "" if record.tagged else run.processor.decode(rollouts.completion_ids[i, : rollouts.completion_len[i]].tolist())
         for i, record in enumerate(records)
@@ -219,7 +220,8 @@ def score_records(run: Run, params: Params, records: Sequence[Record]) -> tuple[
 
 def validate(run: Run, params: Params) -> dict[str, float]:
     """Greedy scores of the validation split as metrics."""
-    scores, _, _ = score_records(run, params, run.records[run.config.evaluation.validation_split])
+    records = run.records[run.config.evaluation.validation_split]
+    scores, _, _ = score_records(run, run.programs.sampler_params(params), records)
     return {f"validation/{name}": value["value"] for name, value in scores.items()}
 
 
@@ -229,12 +231,13 @@ def evaluate(run: Run, params: Params, moment: str) -> dict[str, Scores]:
     if path.is_file():
         return json.loads(path.read_text())
     settings = run.config.evaluation
+    sampler_params = run.programs.sampler_params(params)
     results = {}
     for split in settings.splits:
         records = run.records[split]
-        scores, rollouts, rewards = score_records(run, params, records)
+        scores, rollouts, rewards = score_records(run, sampler_params, records)
         if all(record.tagged for record in records):
-            sampled = _sampled_rewards(run, params, records[: settings.sampled_records])
+            sampled = _sampled_rewards(run, sampler_params, records[: settings.sampled_records])
             low, high = bootstrap_mean_interval(sampled, seed=0)
             scores["sampled_mean_reward"] = {
                 "value": float(sampled.mean()),
@@ -258,9 +261,9 @@ def evaluate(run: Run, params: Params, moment: str) -> dict[str, Scores]:
     return results
 
 
-def _sampled_rewards(run: Run, params: Params, records: Sequence[Record]) -> np.ndarray:
+def _sampled_rewards(run: Run, sampler_params: Params, records: Sequence[Record]) -> np.ndarray:
     batch_size = run.config.train.prompts_per_step
-    _, rewards = run_split(records, batch_size, lambda batch: run_sampled(run, params, batch))
+    _, rewards = run_split(records, batch_size, lambda batch: run_sampled(run, sampler_params, batch))
     return np.asarray(rewards.total, np.float64)
 
 
@@ -323,7 +326,7 @@ def sample(run: Run, image_file: Path, prompt: str) -> str:
     except ValueError as error:
         raise ValueError(f"--image={image_file}: {error}") from error
     record = Record(prompt, (image,), text_tag="safe", image_tag="safe", combine_tag="safe")
-    params = latest_params(run)
+    params = run.programs.sampler_params(latest_params(run))
     rollouts, _ = processes.fetch(run_greedy(run, params, [record] * run.config.mesh.data_parallel))
     return run.processor.decode(rollouts.completion_ids[0, : rollouts.completion_len[0]].tolist())
 

@@ -90,3 +90,23 @@ def test_moments_of_another_shape_are_replicated(rollout_batch):
         state = programs.init_state["grpo"](jax.tree.map(jax.numpy.copy, params))
     leaves = zip(jax.tree.leaves(state), jax.tree.leaves(programs.state_shardings["grpo"]), strict=True)
     assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf, sharding in leaves)
+
+
+def test_sampling_has_a_layout_of_its_own(rollout_batch, tmp_path):
+    """A mesh that spreads parameters over the batch's devices for training, and only heads and mlp for sampling."""
+    run, params, _, _, rollouts = rollout_batch
+    mesh = dataclasses.replace(run.config.mesh, data=2, fsdp=4, sampling_tensor=2)
+    config = dataclasses.replace(run.config, mesh=mesh)
+    other = run_lib.build_run(config, tmp_path / "run", ("train",))
+    with jax.set_mesh(other.mesh):
+        prompts = other.prompts(other.records["train"][:16], config_lib.num_blocks(config))
+        trained = jax.device_put(jax.device_get(params), other.programs.param_shardings)
+        sampled = other.programs.sampler_params(trained)
+        again, _ = other.programs.sampler.generate(sampled, prompts, jax.random.key(3))
+    np.testing.assert_array_equal(np.asarray(again.completion_ids), np.asarray(rollouts.completion_ids))
+    assert again.completion_ids.sharding.shard_shape((32, 12)) == (4, 12)
+    shapes = {
+        name: tree["text"]["layers"]["mlp"]["gate"]["kernel"].sharding.shard_shape((1, 32, 32))
+        for name, tree in (("trained", trained), ("sampled", sampled))
+    }
+    assert shapes == {"trained": (1, 8, 32), "sampled": (1, 32, 16)}

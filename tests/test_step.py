@@ -75,7 +75,7 @@ def test_groups_of_equal_rewards_are_sampled_again(cache_folder, tmp_path):
         return ids, np.ptp(ids[:, :, 0] % 2, axis=1) == 0, stats["rollout/resampled_groups"]
 
     with jax.set_mesh(run.mesh):
-        params, key = run.initial_params(), jax.random.key(5)
+        params, key = run.programs.sampler_params(run.initial_params()), jax.random.key(5)
         prompts = run.prompts(records, config_lib.num_blocks(config))
         first, was_constant, none = sample(0)
         once, still_constant, count = sample(1)

@@ -23,6 +23,7 @@ from safegrpo_jax.models.vision import VisionConfig
 from safegrpo_jax.models.windowed_vision import WindowedVisionConfig
 from safegrpo_jax.types import Array, CacheView, Key, KVCache, PackedImages, Params, Prompts, VisionFeatures
 
+_MATRIX_NAMES = ("kernel", "embed", "gate_up", "down", "lora_a", "lora_b")
 TOKEN_ID_NAMES = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -120,6 +121,19 @@ def init_params(config: QwenVLConfig, key: Key) -> Params:
         "vision": nnx.to_pure_dict(nnx.state(_make_vision(config, nnx.Rngs(vision_key)))),
         "text": nnx.to_pure_dict(nnx.state(_make_decoder(config, nnx.Rngs(text_key)))),
     }
+
+
+def cast_weights(params: Params, config: QwenVLConfig) -> Params:
+    """A copy in which what every forward pass casts to the compute dtype is cast already: the same results to the bit.
+
+    Norms, biases and the position table stay as they are, for they enter in float32.
+    """
+    dtype = config.execution.compute_dtype
+
+    def copy(path, leaf):
+        return leaf.astype(dtype) if path[-1].key in _MATRIX_NAMES else leaf
+
+    return jax.tree_util.tree_map_with_path(copy, params)
 
 
 def init_adapters(config: QwenVLConfig, key: Key) -> Params:

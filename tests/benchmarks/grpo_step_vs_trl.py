@@ -109,8 +109,8 @@ def make_our_step(model: Path, data: Path, workdir: Path):
     values.evaluation.splits, values.evaluation.validate_every = (), 0
     run = run_lib.build_run(config_lib.from_config_dict(values), workdir / "run", ("train",))
     with jax.set_mesh(run.mesh):
-        reference = run.initial_params()
-        state = run.programs.init_state["grpo"](jax.tree.map(jax.numpy.copy, reference))
+        params = run.initial_params()
+        reference, state = run.programs.freeze(params), run.programs.init_state["grpo"](params)
     parts, records = [], run.records["train"]
 
     def step():

@@ -8,7 +8,7 @@ import pytest
 
 from safegrpo_jax.grpo.packing import PackingConfig, count_tokens, pack_rollouts
 
-TRACE = Path(__file__).parents[2] / ".." / "shared" / "data" / "length_trace.json"
+TRACE = Path(__file__).parents[1] / "data" / "length_trace.json"
 WIDTH = 24  # of the padded prompts
 
 
@@ -113,8 +113,6 @@ def test_an_empty_block_counts_no_tokens():
 @pytest.fixture(scope="module")
 def trace():
     """2048 rollouts of 256 prompts: the lengths of a heavy-tailed run, prompts of 1024 tokens."""
-    if not TRACE.is_file():
-        pytest.skip("the stored length trace lies beside the repository")
     lengths = np.array(json.loads(TRACE.read_text())["lengths"])
     return np.full(256, 1024), lengths, 1024, [[b] for b in range(256)], 256
 

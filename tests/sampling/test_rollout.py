@@ -210,7 +210,7 @@ def test_ragged_batches_compile_nothing_new():
     params = [init_params(end_bias=float(bias)) for bias in (-1, 0, 1)]
     for seed in range(70):
         if seed == 20:
-            assert len(compiled) > 10
+            assert len(compiled) > 5
             compiled.clear()
         records = np.random.default_rng(seed).integers(0, 100, 8)
         sampler.generate(params[seed % 3], make_prompts(records), jax.random.key(seed))
