@@ -98,7 +98,7 @@ def test_groups_that_stay_equal_are_kept_after_the_last_attempt(cache_folder, tm
 
 
 def breaks_in(*broken):
-    """Scores without a number for an advantage in the steps of these numbers."""
+    """Scores without numbers for the reference in the steps of these numbers: the KL term breaks the gradient."""
 
     def wrap(score):
         calls = []
@@ -107,8 +107,8 @@ def breaks_in(*broken):
             calls.append(None)
             experience, rewards, stats = score(*arguments)
             if len(calls) in broken:
-                nothing = jnp.full_like(experience.advantages, jnp.nan)
-                experience = dataclasses.replace(experience, advantages=nothing)
+                nothing = jnp.full_like(experience.reference_logps, jnp.nan)
+                experience = dataclasses.replace(experience, reference_logps=nothing)
             return experience, rewards, stats
 
         return breaking
