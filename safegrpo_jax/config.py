@@ -28,6 +28,7 @@ from safegrpo_jax.grpo.packing import PackingConfig
 from safegrpo_jax.grpo.update import UpdateConfig
 from safegrpo_jax.models.attention import IMPLEMENTATIONS
 from safegrpo_jax.models.lora import LoraConfig
+from safegrpo_jax.models.qwen_vl import PUBLISHED_SIZES, QwenVLConfig
 from safegrpo_jax.rewards.compose import RewardConfig
 from safegrpo_jax.sampling.rollout import SamplingConfig
 from safegrpo_jax.sft import SupervisedConfig
@@ -56,13 +57,16 @@ class SmallModelConfig:
 class ModelConfig:
     """Where the policy comes from and how it computes.
 
-    `path`: a Qwen-VL folder in Hugging Face format, or "" for the embedded small model. `compute_dtype`: of
-    activations; parameters are float32. `freeze_vision`: GRPO leaves the vision tower as it is; the supervised stages
-    train it. `logits_chunk`: tokens whose logits exist at a time in log-probabilities, 0 for all. `attention`:
-    "reference", or on a TPU "splash". `lora`: train adapters of a checkpoint's projections instead of its weights.
+    `path`: a Qwen-VL folder in Hugging Face format, or "" for the embedded small model. `size`: a name of
+    `qwen_vl.PUBLISHED_SIZES` that the folder must hold; enough for --mode=plan, which needs no folder.
+    `compute_dtype`: of activations; parameters are float32. `freeze_vision`: GRPO leaves the vision tower as it is; the
+    supervised stages train it. `logits_chunk`: tokens whose logits exist at a time in log-probabilities, 0 for all.
+    `attention`: "reference", or on a TPU "splash". `lora`: train adapters of a checkpoint's projections instead of its
+    weights.
     """
 
     path: str = ""
+    size: str = ""
     compute_dtype: str = "float32"
     freeze_vision: bool = False
     remat: bool = False
@@ -294,7 +298,10 @@ def validate(config: Config) -> None:
     if config.model.attention not in IMPLEMENTATIONS:
         known = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"config.model.attention={config.model.attention!r}: use one of {known}")
-    if config.model.lora.rank and not config.model.path:
+    if config.model.size and config.model.size not in PUBLISHED_SIZES:
+        known = suggestion(config.model.size, PUBLISHED_SIZES)
+        raise ValueError(f"config.model.size={config.model.size!r}: no such published model{known}")
+    if config.model.lora.rank and not (config.model.path or config.model.size):
         raise ValueError(
             f"config.model.lora.rank={config.model.lora.rank} adapts a trained model: set config.model.path, or rank 0"
         )
@@ -326,10 +333,7 @@ def validate(config: Config) -> None:
 def _validate_packing(config: Config) -> None:
     packing, longest = config.packing, config.processor.prompt_buckets[-1] + config.sampling.max_new_tokens
     if packing.share_prompts and config.model.attention != "reference":
-        raise ValueError(
-            f"config.packing.share_prompts needs model.attention='reference': {config.model.attention!r} knows equal "
-            "segments only; set share_prompts to False, or the attention"
-        )
+        raise ValueError("config.packing.share_prompts needs model.attention='reference': set that, or it to False")
     if not packing.row_len:
         return
     if packing.row_len < longest:
@@ -343,6 +347,37 @@ def _validate_packing(config: Config) -> None:
         )
     if config.loss.normalizer != "global":
         raise ValueError("config.loss.normalizer='micro' is not defined for packed rows: set 'global', or row_len to 0")
+
+
+def executed(model: QwenVLConfig, settings: ModelConfig) -> QwenVLConfig:
+    """The model as `settings` want it computed."""
+    return dataclasses.replace(
+        model,
+        dtype=settings.compute_dtype,
+        scan_layers=settings.scan_layers,
+        remat=settings.remat,
+        attention=settings.attention,
+        lora=settings.lora,
+    )
+
+
+def check_size(model: QwenVLConfig, settings: ModelConfig) -> None:
+    """Compares a checkpoint's `model` with the published one that `settings.size` names, if any.
+
+    Raises:
+      ValueError: they differ; names the first field.
+    """
+    if not settings.size:
+        return
+    published = PUBLISHED_SIZES[settings.size]
+    for part in ("vision", "text"):
+        ours, theirs = (dataclasses.asdict(getattr(which, part)) for which in (published, model))
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"config.model.size={settings.size!r} has {part} {name} {ours.get(name)}, the checkpoint in "
+                    f"config.model.path={settings.path!r} {theirs.get(name)}; name the size of the checkpoint"
+                )
 
 
 def num_blocks(config: Config) -> int:

@@ -25,8 +25,9 @@ def model_functions(model: QwenVLConfig) -> ModelFunctions:
     return ModelFunctions(
         encode=lambda params, prompts: qwen_vl.encode_images(params, prompts.images, model),
         prefill=lambda params, prompts, features: qwen_vl.prefill(params, prompts, features, model),
-        decode=lambda params, token_ids, positions, view, cache: qwen_vl.decode_hidden(
-            params, token_ids, positions, view, cache, model
+        unpack=lambda params: qwen_vl.decode_blocks(params, model),
+        decode=lambda params, blocks, token_ids, positions, view, cache: qwen_vl.decode_hidden(
+            params, token_ids, positions, view, cache, model, blocks
         ),
         logits=lambda params, hidden: qwen_vl.logits_from_hidden(params, hidden, model),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from safegrpo_jax.config import Config
 from safegrpo_jax.grpo.advantages import group_advantages, per_rule_advantages, spread_over_spans
 from safegrpo_jax.grpo.loss import kl_estimate
 from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
-from safegrpo_jax.grpo.update import packed_logps, update_policy, update_supervised
+from safegrpo_jax.grpo.update import logps_in_blocks, packed_logps, update_policy, update_supervised
 from safegrpo_jax.masked import masked_sum
 from safegrpo_jax.models import qwen_vl
 from safegrpo_jax.models.lora import adapter_mask
@@ -41,7 +41,14 @@ from safegrpo_jax.rewards.compose import (
 )
 from safegrpo_jax.sampling.rollout import Placement, Sampler, SamplingConfig
 from safegrpo_jax.sft import SupervisedConfig
-from safegrpo_jax.sharding import batch_sharding, param_shardings, regroup
+from safegrpo_jax.sharding import (
+    batch_axis,
+    batch_sharding,
+    compiler_options,
+    param_shardings,
+    regroup,
+    replicate,
+)
 from safegrpo_jax.types import (
     Array,
     ArrayTree,
@@ -124,10 +131,10 @@ def build_programs(
 
     `other_reward_tables` are those of the rule set that is not used: the metrics say how often the two disagree.
     """
-    abstract = jax.eval_shape(lambda key: qwen_vl.init_params(model, key), jax.random.key(0))
+    abstract = jax.eval_shape(lambda: qwen_vl.init_params(model, jax.random.key(0)))
     shardings = param_shardings(abstract, mesh, config=config.sharding)
     replicated = NamedSharding(mesh, PartitionSpec())
-    tables, other_tables, banned = jax.device_put((reward_tables, other_reward_tables, banned_ids_mask), replicated)
+    other_tables, banned = replicate((other_reward_tables, banned_ids_mask), mesh)
     pretrain, cold_start, grpo = (
         _build_stage(
             optimizer, trainable_mask(abstract, frozen), config.loss.kl_coefficient, abstract, shardings, replicated
@@ -157,11 +164,11 @@ def build_programs(
         sampler=build_sampler(config.sampling),
         greedy_sampler=build_sampler(greedy),
         grade=_build_grade(config),
-        score=_bind(_build_score(config, model), banned, other_tables),
-        update=_bind(_build_update(config, model, grpo, replicated), banned),
+        score=Bound(_build_score(config, model, mesh), banned, other_tables),
+        update=Bound(_build_update(config, model, grpo, replicated), banned),
         supervised={
-            "pretrain": _bind(_build_supervised(config, config.pretrain, model, pretrain, replicated), banned),
-            "cold_start": _bind(_build_supervised(config, config.cold_start, model, cold_start, replicated), banned),
+            "pretrain": Bound(_build_supervised(config, config.pretrain, model, pretrain, replicated), banned),
+            "cold_start": Bound(_build_supervised(config, config.cold_start, model, cold_start, replicated), banned),
         },
         init_state={"pretrain": pretrain.init, "cold_start": cold_start.init, "grpo": grpo.init},
         state_shardings={
@@ -197,9 +204,17 @@ class _Stage(NamedTuple):
     shardings: ArrayTree
 
 
-def _bind(program: Callable, *last: ArrayTree) -> Callable:
-    """`program` with its last arguments fixed. They stay arguments of the executable instead of constants in it."""
-    return lambda *arguments: program(*arguments, *last)
+class Bound:
+    """A jitted program with its last arguments fixed. They stay arguments of the executable, not constants in it."""
+
+    def __init__(self, program: Callable, *last: ArrayTree):
+        self._program, self._last = program, last
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._program(*arguments, *self._last)
+
+    def trace(self, *arguments: Any) -> jax.stages.Traced:
+        return self._program.trace(*arguments, *self._last)
 
 
 def _build_stage(
@@ -239,7 +254,12 @@ def _build_supervised(
             batch_axes=config.mesh.batch_axes,
         )
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(stage.shardings, replicated))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(stage.shardings, replicated),
+        compiler_options=compiler_options(replicated.mesh),
+    )
 
 
 def _build_update(config: Config, model: QwenVLConfig, stage: _Stage, replicated: NamedSharding) -> Callable:
@@ -256,7 +276,12 @@ def _build_update(config: Config, model: QwenVLConfig, stage: _Stage, replicated
             trainable_mask=stage.trainable,
         )
 
-    return jax.jit(update, donate_argnums=0, out_shardings=(stage.shardings, replicated))
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        out_shardings=(stage.shardings, replicated),
+        compiler_options=compiler_options(replicated.mesh),
+    )
 
 
 def _policy_logps(config: Config, model: QwenVLConfig, banned: Bool[Array, "v"], freeze_vision: bool) -> Callable:
@@ -272,7 +297,7 @@ def _policy_logps(config: Config, model: QwenVLConfig, banned: Bool[Array, "v"],
     )
 
 
-def _build_score(config: Config, model: QwenVLConfig) -> Callable:
+def _build_score(config: Config, model: QwenVLConfig, mesh: Mesh) -> Callable:
     loss, sampling = config.loss, config.sampling
 
     def score(params, reference_params, prompts, rollouts, packing, kl_coefficient, banned, other_tables):
@@ -281,9 +306,9 @@ def _build_score(config: Config, model: QwenVLConfig) -> Callable:
         logps_fn = _policy_logps(config, model, banned, freeze_vision=True)
 
         def logps_under(params):
-            if packing is None:
-                return logps_fn(params, *tokens)[0]
             count, axes = config.policy_update.num_minibatches, config.mesh.batch_axes
+            if packing is None:
+                return logps_in_blocks(params, *tokens, logps_fn, count * config.policy_update.num_microbatches, axes)
             return packed_logps(params, *tokens, packing, logps_fn=logps_fn, num_minibatches=count, batch_axes=axes)
 
         labels = repeat_labels(prompts.labels, sampling.group_size)
@@ -312,10 +337,13 @@ def _build_score(config: Config, model: QwenVLConfig) -> Callable:
             reference_logps=reference_logps,
             advantages=advantages * mask,
         )
+        # Where the update expects it; with the compiler's choice the update could be compiled for another layout.
+        layout = jax.tree_util.tree_map_with_path(lambda path, _: batch_sharding(mesh, batch_axis(path)), experience)
+        experience = jax.lax.with_sharding_constraint(experience, layout)
         stats |= reward_metrics(rewards, labels) | rollout_metrics(rollouts)
         return experience, rewards, stats | _rule_set_metrics(plain, rollouts, labels, other_tables, config)
 
-    return jax.jit(score)
+    return jax.jit(score, compiler_options=compiler_options(mesh))
 
 
 def _advantages(

@@ -187,6 +187,22 @@ def update_supervised(
     return TrainState(state.step + 1, params, opt_state, skipped_in_row, jnp.asarray(state.kl_coefficient)), metrics
 
 
+def logps_in_blocks(
+    params: Params,
+    prompts: Prompts,
+    completion_ids: Int[Array, "n c"],
+    completion_mask: Bool[Array, "n c"],
+    logps_fn: Callable,
+    count: int,
+    batch_axes: tuple[str, ...],
+) -> Float[Array, "n c"]:
+    """Log-probabilities of all rollouts, `count` blocks of prompts one after another, as the update takes them: the
+    activations of one block exist at a time. Arguments as in `update_policy`."""
+    blocks = _split_blocks((prompts, completion_ids, completion_mask), count, batch_axes)
+    logps = jax.lax.map(lambda block: logps_fn(params, *block)[0], blocks)
+    return logps.reshape(completion_mask.shape)
+
+
 def _padded_gradient(params, experience, replay, _, logps_fn, loss: LossConfig, update, trainable_mask, kl_coefficient):
     """Gradient and metrics of a mini-batch whose microbatches are equal blocks of its rows."""
     mask = experience.completion_mask

@@ -10,6 +10,7 @@ modeling_qwen3_vl_moe.py, modeling_qwen2_5_vl.py (numeric oracles).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,17 @@ from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.models.attention import attend, attend_cache, attend_continuations
 from safegrpo_jax.models.experts import ExpertMLP
-from safegrpo_jax.models.layers import INIT_STD, Execution, GatedMLP, Linear, RMSNorm, init_stacks, run_layers, unstack
+from safegrpo_jax.models.layers import (
+    INIT_STD,
+    Execution,
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    init_stacks,
+    run_layers,
+    spread_tokens,
+    unstack,
+)
 from safegrpo_jax.models.rope import contiguous_axes, interleaved_axes, rotate, text_angles
 from safegrpo_jax.types import Array, CacheView, KVCache
 
@@ -160,7 +171,7 @@ class TextDecoder(nnx.Module):
                 implementation=execution.attention,
                 prefix_ids=prefix_ids,
             )
-            return block.finish(x, attended), (keys, values) if keep_cache else None
+            return spread_tokens(block.finish(x, attended)), (keys, values) if keep_cache else None
 
         def deepstack_body(x, layer):
             block, features = layer
@@ -168,7 +179,7 @@ class TextDecoder(nnx.Module):
             added = jnp.where(vision_mask[..., None], features[feature_index].astype(x.dtype), 0)
             return x + added, cache
 
-        first = ()
+        first, x = (), spread_tokens(x)
         if self.deepstack_layers is not None:
             x, first = run_layers(deepstack_body, x, (self.deepstack_layers, deepstack), execution)
         x, rest = run_layers(body, x, self.layers, execution)
@@ -198,7 +209,7 @@ class TextDecoder(nnx.Module):
             attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
             own = block.heads(y, y_cos, y_sin)
             continued = attend_continuations(*own, y_mask, keys, values, mask)
-            return (block.finish(x, attended), block.finish(y, continued)), None
+            return (spread_tokens(block.finish(x, attended)), spread_tokens(block.finish(y, continued))), None
 
         def deepstack_body(carry, layer):
             block, features = layer
@@ -206,10 +217,15 @@ class TextDecoder(nnx.Module):
             added = jnp.where(vision_mask[..., None], features[feature_index].astype(x.dtype), 0)
             return (x + added, y), None
 
-        carry = (x, y)
+        carry = (spread_tokens(x), spread_tokens(y))
         if self.deepstack_layers is not None:
             carry, _ = run_layers(deepstack_body, carry, (self.deepstack_layers, deepstack), execution)
         return run_layers(body, carry, self.layers, execution)[0]
+
+    def blocks(self) -> list[TextBlock]:
+        """All blocks in order, cut out of their stacks."""
+        stacks = [stack for stack in (self.deepstack_layers, self.layers) if stack is not None]
+        return [block for stack in stacks for block in unstack(stack)]
 
     def decode(
         self,
@@ -218,13 +234,16 @@ class TextDecoder(nnx.Module):
         view: CacheView,
         cache: KVCache,
         execution: Execution,
+        blocks: Sequence[TextBlock] | None = None,
     ) -> tuple[Float[Array, "n d"], KVCache]:
-        """One token per slot through all blocks and the final norm; its keys and values go to `view.column`."""
+        """One token per slot through all blocks and the final norm; its keys and values go to `view.column`.
+
+        `blocks` from `self.blocks()` where they were cut out of their stacks before.
+        """
         x = self.embed_tokens(token_ids[:, None], execution)
         cos, sin = self._rotation(jnp.broadcast_to(positions[None, :, None], (3, len(positions), 1)), execution)
         private_keys, private_values = [], []
-        stacks = [stack for stack in (self.deepstack_layers, self.layers) if stack is not None]
-        for index, block in enumerate(block for stack in stacks for block in unstack(stack)):
+        for index, block in enumerate(self.blocks() if blocks is None else blocks):
             query, keys, values = block.heads(x, cos, sin)
             place = (0, 0, view.column, 0)
             private_keys.append(jax.lax.dynamic_update_slice(cache.private_keys[index], keys, place))

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from safegrpo_jax.models.decoder import TextConfig, TextDecoder
+from safegrpo_jax.models.decoder import TextBlock, TextConfig, TextDecoder
 from safegrpo_jax.models.layers import Execution
 from safegrpo_jax.models.lora import LoraConfig, adapt, only_adapters
 from safegrpo_jax.models.vision import VisionConfig
@@ -143,7 +145,18 @@ def init_adapters(config: QwenVLConfig, key: Key) -> Params:
 
 def encode_images(params: Params, images: PackedImages, config: QwenVLConfig) -> VisionFeatures:
     """Vision tokens of all images in packing order, in the compute dtype; those of padding are meaningless."""
-    return _vision(params, config)(images, config.execution)
+    return _vision(gather_vision(params, config), config)(images, config.execution)
+
+
+def gather_vision(params: Params, config: QwenVLConfig) -> Params:
+    """`params` with the vision tower whole on every device of the mesh, its matrices in the compute dtype.
+
+    It is small: to gather it once costs less than to communicate in each of its layers.
+    """
+    vision = cast_weights(params["vision"], config)
+    if not jax.sharding.get_abstract_mesh().empty:
+        vision = jax.lax.with_sharding_constraint(vision, PartitionSpec())
+    return {**params, "vision": vision}
 
 
 def text_hidden(
@@ -246,12 +259,22 @@ def decode_hidden(
     view: CacheView,
     cache: KVCache,
     config: QwenVLConfig,
+    blocks: Sequence[TextBlock] | None = None,
 ) -> tuple[Float[Array, "n d"], KVCache]:
     """One decode step: hidden states after the final norm, and the cache with private column `view.column` written.
 
     Each slot attends to the prefix it sits at and to its own private columns, that of this token included.
+    `blocks` from `decode_blocks`, once for many steps.
     """
-    return _text(params, config).decode(token_ids, positions, view, cache, config.execution)
+    return _text(params, config).decode(token_ids, positions, view, cache, config.execution, blocks)
+
+
+def decode_blocks(params: Params, config: QwenVLConfig) -> list[TextBlock] | None:
+    """The blocks cut out of their stacks, a copy of them all: in a loop on a CPU every step would make that copy.
+
+    None with `scan_layers`, the choice for models of which there is no room for two.
+    """
+    return None if config.scan_layers else _text(params, config).blocks()
 
 
 def _make_vision(config, rngs):
