@@ -24,6 +24,7 @@ from safegrpo_jax.data.sources import DataConfig
 from safegrpo_jax.grpo.advantages import AdvantageConfig
 from safegrpo_jax.grpo.loss import LossConfig
 from safegrpo_jax.grpo.optimizer import OptimizerConfig
+from safegrpo_jax.grpo.packing import PackingConfig
 from safegrpo_jax.grpo.update import UpdateConfig
 from safegrpo_jax.models.attention import IMPLEMENTATIONS
 from safegrpo_jax.models.lora import LoraConfig
@@ -85,6 +86,7 @@ class MeshConfig:
     the batch is spread over both, parameters over `fsdp`; `tensor`: heads and mlp; `expert`: experts of a mixture.
     `sampling_tensor`: the same for sampling, which never spreads a parameter over the batch's devices: a decode step
     would gather it for every token. 0 is `tensor`.
+    `peak_flops`: FLOP/s of one device, for the metrics' estimate of its use; 0 for none.
     """
 
     platform: str = ""
@@ -94,6 +96,7 @@ class MeshConfig:
     tensor: int = 1
     expert: int = 1
     sampling_tensor: int = 0
+    peak_flops: float = 0.0
 
     @property
     def data_parallel(self) -> int:
@@ -120,7 +123,9 @@ class TrainConfig:
     """The GRPO stage. One step = one rollout batch of `prompts_per_step` prompts x `sampling.group_size` samples.
 
     `replay_batch` plain questions per step join the loss with weight `loss.replay_weight`, a block for each mini-batch.
-    Rollout files are written every `dump_rollouts_every` steps and for the last step.
+    Rollout files are written every `dump_rollouts_every` steps and for the last step. Groups whose rewards are all
+    equal are sampled again up to `max_resamples` times a step; those that stay so train nothing. An optimizer step with
+    a broken gradient is skipped; `max_skipped_steps` in a row stop the run, in any stage.
     """
 
     num_steps: int = 180
@@ -128,6 +133,8 @@ class TrainConfig:
     replay_batch: int = 0
     replay_split: str = "pretrain"
     dump_rollouts_every: int = 10
+    max_resamples: int = 0
+    max_skipped_steps: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +174,7 @@ class Config:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     policy_update: UpdateConfig = UpdateConfig()
+    packing: PackingConfig = PackingConfig()
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingConfig = ShardingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -280,6 +288,9 @@ def validate(config: Config) -> None:
         )
     if config.sampling.group_size < 2 and config.train.num_steps:
         raise ValueError("config.sampling.group_size must be at least 2: the advantage is relative to the group")
+    for key, least in (("max_resamples", 0), ("max_skipped_steps", 1)):
+        if getattr(config.train, key) < least:
+            raise ValueError(f"config.train.{key}={getattr(config.train, key)}: use a number >= {least}")
     if config.data.on_bad_row not in ("raise", "skip"):
         raise ValueError(f"config.data.on_bad_row={config.data.on_bad_row!r}: use 'raise' or 'skip'")
     if config.model.compute_dtype not in ("float32", "bfloat16"):
@@ -315,11 +326,31 @@ def validate(config: Config) -> None:
             f"config.rewards.overlong_buffer={config.rewards.overlong_buffer} exceeds sampling.max_new_tokens="
             f"{config.sampling.max_new_tokens}, of which it is a part; make it smaller"
         )
+    _validate_packing(config)
     if config.processor.completion_buckets[-1] < config.sampling.max_new_tokens:
         raise ValueError(
             f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} exceeds the largest of "
             f"processor.completion_buckets {config.processor.completion_buckets}"
         )
+
+
+def _validate_packing(config: Config) -> None:
+    packing, longest = config.packing, config.processor.prompt_buckets[-1] + config.sampling.max_new_tokens
+    if packing.share_prompts and config.model.attention != "reference":
+        raise ValueError("config.packing.share_prompts needs model.attention='reference': set that, or it to False")
+    if not packing.row_len:
+        return
+    if packing.row_len < longest:
+        raise ValueError(
+            f"config.packing.row_len={packing.row_len} must hold the longest rollout: processor.prompt_buckets[-1] + "
+            f"sampling.max_new_tokens = {longest}"
+        )
+    if packing.rows % config.mesh.data_parallel:
+        raise ValueError(
+            f"config.packing.rows={packing.rows} must be a multiple of data x fsdp = {config.mesh.data_parallel}"
+        )
+    if config.loss.normalizer != "global":
+        raise ValueError("config.loss.normalizer='micro' is not defined for packed rows: set 'global', or row_len to 0")
 
 
 def executed(model: QwenVLConfig, settings: ModelConfig) -> QwenVLConfig:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from safegrpo_jax.models.attention import attend, attend_cache
+from safegrpo_jax.models.attention import attend, attend_cache, attend_continuations
 from safegrpo_jax.models.experts import ExpertMLP
 from safegrpo_jax.models.layers import (
     INIT_STD,
@@ -143,15 +143,16 @@ class TextDecoder(nnx.Module):
     def run(
         self,
         x: Float[Array, "n t d"],
-        mask: Bool[Array, "n t"],
+        mask: Bool[Array, "n t"] | Int[Array, "n t"],
         positions: Int[Array, "3 n t"],
         vision_mask: Bool[Array, "n t"],
         feature_index: Int[Array, "n t"],
         deepstack: Float[Array, "taps m d"],
         execution: Execution,
         keep_cache: bool,
+        prefix_ids: Int[Array, "n t"] | None = None,
     ) -> tuple[Float[Array, "n t d"], tuple]:
-        """All blocks over whole rows, without the final norm.
+        """All blocks over whole rows, without the final norm. `mask` and `prefix_ids` as in `qwen_vl.text_hidden`.
 
         Returns:
           Hidden states, and with `keep_cache` the (keys, values) of each layer, [n k t e], else an empty tuple.
@@ -161,7 +162,15 @@ class TextDecoder(nnx.Module):
 
         def body(x, block):
             query, keys, values = block.heads(x, cos, sin)
-            attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
+            attended = attend(
+                query,
+                keys,
+                values,
+                segment_ids,
+                causal=True,
+                implementation=execution.attention,
+                prefix_ids=prefix_ids,
+            )
             return spread_tokens(block.finish(x, attended)), (keys, values) if keep_cache else None
 
         def deepstack_body(x, layer):
@@ -175,6 +184,43 @@ class TextDecoder(nnx.Module):
             x, first = run_layers(deepstack_body, x, (self.deepstack_layers, deepstack), execution)
         x, rest = run_layers(body, x, self.layers, execution)
         return x, first + rest if keep_cache else ()
+
+    def run_continuations(
+        self,
+        x: Float[Array, "b p d"],
+        mask: Bool[Array, "b p"],
+        positions: Int[Array, "3 b p"],
+        vision_mask: Bool[Array, "b p"],
+        feature_index: Int[Array, "b p"],
+        deepstack: Float[Array, "taps m d"],
+        y: Float[Array, "n c d"],
+        y_mask: Bool[Array, "n c"],
+        y_positions: Int[Array, "n c"],
+        execution: Execution,
+    ) -> tuple[Float[Array, "b p d"], Float[Array, "n c d"]]:
+        """As `run` on every row of `y` behind its prompt, r // (n // b), but each prompt is computed once."""
+        cos, sin = self._rotation(positions, execution)
+        y_cos, y_sin = self._rotation(jnp.broadcast_to(y_positions, (3, *y_positions.shape)), execution)
+        segment_ids = mask.astype(jnp.int32)
+
+        def body(carry, block):
+            x, y = carry
+            query, keys, values = block.heads(x, cos, sin)
+            attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
+            own = block.heads(y, y_cos, y_sin)
+            continued = attend_continuations(*own, y_mask, keys, values, mask)
+            return (spread_tokens(block.finish(x, attended)), spread_tokens(block.finish(y, continued))), None
+
+        def deepstack_body(carry, layer):
+            block, features = layer
+            (x, y), _ = body(carry, block)
+            added = jnp.where(vision_mask[..., None], features[feature_index].astype(x.dtype), 0)
+            return (x + added, y), None
+
+        carry = (spread_tokens(x), spread_tokens(y))
+        if self.deepstack_layers is not None:
+            carry, _ = run_layers(deepstack_body, carry, (self.deepstack_layers, deepstack), execution)
+        return run_layers(body, carry, self.layers, execution)[0]
 
     def blocks(self) -> list[TextBlock]:
         """All blocks in order, cut out of their stacks."""

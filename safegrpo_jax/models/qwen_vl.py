@@ -162,24 +162,66 @@ def gather_vision(params: Params, config: QwenVLConfig) -> Params:
 def text_hidden(
     params: Params,
     token_ids: Int[Array, "n t"],
-    mask: Bool[Array, "n t"],
+    mask: Bool[Array, "n t"] | Int[Array, "n t"],
     positions: Int[Array, "3 n t"],
     vision_mask: Bool[Array, "n t"],
     feature_index: Int[Array, "n t"],
     features: VisionFeatures,
     config: QwenVLConfig,
+    prefix_ids: Int[Array, "n t"] | None = None,
 ) -> Float[Array, "n t d"]:
     """Hidden states after the final norm, in the compute dtype.
 
     Where `vision_mask` is True the token is replaced by row `feature_index` of `features`. Tokens with a False
-    `mask` influence no other token; their own hidden states are finite and meaningless.
+    `mask` influence no other token; their own hidden states are finite and meaningless. A row of several sequences
+    has their numbers, 1 and up, for a mask: tokens see those of their own number alone, and with `prefix_ids` also
+    those of that number.
     """
     decoder = _text(params, config)
     x = _splice(decoder, token_ids, vision_mask, feature_index, features, config)
     x, _ = decoder.run(
-        x, mask, positions, vision_mask, feature_index, features.deepstack, config.execution, keep_cache=False
+        x,
+        mask,
+        positions,
+        vision_mask,
+        feature_index,
+        features.deepstack,
+        config.execution,
+        keep_cache=False,
+        prefix_ids=prefix_ids,
     )
     return decoder.norm(x)
+
+
+def continuation_hidden(
+    params: Params,
+    prompts: Prompts,
+    features: VisionFeatures,
+    token_ids: Int[Array, "n c"],
+    mask: Bool[Array, "n c"],
+    positions: Int[Array, "n c"],
+    config: QwenVLConfig,
+) -> tuple[Float[Array, "b d"], Float[Array, "n c d"]]:
+    """Hidden states after the final norm: of each prompt's last token, and of all tokens of its continuations.
+
+    Row r continues prompt r // (n // b), whose tokens are computed once. The prompts are left-padded; continuations
+    hold no image, and their `positions` are equal on all axes.
+    """
+    decoder = _text(params, config)
+    x = _splice(decoder, prompts.prompt_ids, prompts.vision_mask, prompts.feature_index, features, config)
+    x, y = decoder.run_continuations(
+        x,
+        prompts.prompt_mask,
+        prompts.positions,
+        prompts.vision_mask,
+        prompts.feature_index,
+        features.deepstack,
+        decoder.embed_tokens(token_ids, config.execution),
+        mask,
+        positions,
+        config.execution,
+    )
+    return decoder.norm(x[:, -1]), decoder.norm(y)
 
 
 def logits_from_hidden(

@@ -121,12 +121,11 @@ class Placement:
 
         return jax.tree_util.tree_map_with_path(place, prompts)
 
-    def spread_features(self, features: ArrayTree) -> ArrayTree:
-        """Inside jit: vision tokens, in packing order, over the shards: prompts find their own in their shard."""
-        layout = jax.tree_util.tree_map_with_path(
+    def feature_shardings(self, features: ArrayTree) -> ArrayTree:
+        """Of vision tokens, in packing order, over the shards: prompts find their own in their shard."""
+        return jax.tree_util.tree_map_with_path(
             lambda path, leaf: self._batch_rows(path) if leaf.ndim else self.replicated, features
         )
-        return jax.lax.with_sharding_constraint(features, layout)
 
     def _batch_rows(self, path: jax.tree_util.KeyPath) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
@@ -169,7 +168,7 @@ class Sampler:
             sampling.group_size, sampling.max_new_tokens, sampling.decode_chunk, tuple(stop_ids)
         )
         self.constants = replicate((banned_ids_mask, reward_tables), placement.mesh)
-        self.encode = jax.jit(lambda params, prompts: placement.spread_features(functions.encode(params, prompts)))
+        self.encode = jax.jit(self._encode)
         self.start = jax.jit(self._start, static_argnames="layout")
         self.prefill = jax.jit(self._prefill, donate_argnames="pool")
         self.decode = jax.jit(self._decode, donate_argnames=("state", "private"))
@@ -254,6 +253,10 @@ class Sampler:
             return state, private
         slots = {name: self.keep(getattr(state, name), kept) for name in ("slot_rows", "slot_prefixes", "last_ids")}
         return dataclasses.replace(state, **slots), _map_rings(private, lambda ring: self.shrink(ring, kept))
+
+    def _encode(self, params, prompts):
+        features = self._functions.encode(params, prompts)
+        return jax.lax.with_sharding_constraint(features, self.placement.feature_shardings(features))
 
     def _start(self, params, prompts, features, key, constants, layout):
         sampling, z = self.sampling, layout.num_shards
