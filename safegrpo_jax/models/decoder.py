@@ -245,9 +245,11 @@ class TextDecoder(nnx.Module):
         private_keys, private_values = [], []
         for index, block in enumerate(self.blocks() if blocks is None else blocks):
             query, keys, values = block.heads(x, cos, sin)
-            place = (0, 0, view.column, 0)
-            private_keys.append(jax.lax.dynamic_update_slice(cache.private_keys[index], keys, place))
-            private_values.append(jax.lax.dynamic_update_slice(cache.private_values[index], values, place))
+            for rings, old, new, axis in (
+                (private_keys, cache.private_keys[index], keys.swapaxes(2, 3), 3),
+                (private_values, cache.private_values[index], values, 2),
+            ):
+                rings.append(jax.lax.dynamic_update_slice_in_dim(old, new, view.column, axis))
             attended = attend_cache(
                 query[:, :, 0],
                 cache.prefix_keys[index],

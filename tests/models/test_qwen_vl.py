@@ -77,9 +77,12 @@ def test_cached_decode_equals_full_forward(random_model):
     p = prompts.prompt_ids.shape[1]
     np.testing.assert_allclose(np.repeat(last, group_size, 0), full[:, p - 1], atol=CACHE_TOLERANCE)
     # Private slots start as large rubbish: a slot that is not written yet must not be read.
-    shape = (n, config.text.num_kv_heads, slots, config.text.head_dim)
-    rubbish = tuple(jnp.full(shape, 1e4) for _ in range(config.text.num_layers))
-    cache = KVCache(keys, values, prompts.prompt_mask, rubbish, rubbish)
+    k, e = config.text.num_kv_heads, config.text.head_dim
+    rubbish = (
+        tuple(jnp.full(shape, 1e4) for _ in range(config.text.num_layers))
+        for shape in ((n, k, e, slots), (n, k, slots, e))
+    )
+    cache = KVCache(tuple(layer.swapaxes(2, 3) for layer in keys), values, prompts.prompt_mask, *rubbish)
     seats = jnp.arange(n, dtype=jnp.int32)[None]
     for step in range(num_steps):
         view = CacheView(jnp.int32(step), jnp.full(n, step + 1, jnp.int32), seats, seats)
