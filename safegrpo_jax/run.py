@@ -151,6 +151,7 @@ def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
         scan_layers=config.model.scan_layers,
         remat=config.model.remat,
         attention=config.model.attention,
+        experts=config.model.experts,
         lora=config.model.lora,
     )
     processor = Processor.from_folder(

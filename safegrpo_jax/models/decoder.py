@@ -88,9 +88,10 @@ class TextBlock(nnx.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.has_experts = config.num_experts > 0
         self.mlp = (
             ExpertMLP(config.width, config.expert_width, config.num_experts, config.experts_per_token, rngs)
-            if config.num_experts
+            if self.has_experts
             else GatedMLP(config.width, config.mlp_width, bias=False, rngs=rngs)
         )
 
@@ -105,12 +106,16 @@ class TextBlock(nnx.Module):
         query, keys = query.swapaxes(1, 2), keys.swapaxes(1, 2)
         return rotate(query, cos, sin), rotate(keys, cos, sin), self.v(x).swapaxes(1, 2)
 
-    def finish(self, x: Float[Array, "n t d"], attended: Float[Array, "n h t e"]) -> Float[Array, "n t d"]:
+    def finish(
+        self, x: Float[Array, "n t d"], attended: Float[Array, "n h t e"], execution: Execution
+    ) -> Float[Array, "n t d"]:
         """The block's output from its input and the attention output."""
         shape = x.shape
         # One long axis of tokens: contracting two axes in the weight gradients costs a sixth of a CPU step.
         x = (x + self.o(attended.swapaxes(1, 2))).reshape(-1, shape[-1])
-        return (x + self.mlp(self.mlp_norm(x))).reshape(shape)
+        y = self.mlp_norm(x)
+        y = self.mlp(y, execution.experts) if self.has_experts else self.mlp(y)
+        return (x + y).reshape(shape)
 
 
 class TextDecoder(nnx.Module):
@@ -151,7 +156,7 @@ class TextDecoder(nnx.Module):
         def body(x, block):
             query, keys, values = block.heads(x, cos, sin)
             attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
-            return block.finish(x, attended), (keys, values) if keep_cache else None
+            return block.finish(x, attended, execution), (keys, values) if keep_cache else None
 
         def deepstack_body(x, layer):
             block, features = layer
@@ -192,7 +197,7 @@ class TextDecoder(nnx.Module):
                 private_values[-1],
                 view,
             )
-            x = block.finish(x, attended[:, :, None])
+            x = block.finish(x, attended[:, :, None], execution)
         cache = dataclasses.replace(cache, private_keys=tuple(private_keys), private_values=tuple(private_values))
         return self.norm(x)[:, 0], cache
 
