@@ -130,6 +130,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
     config.mesh.expert = 1
+    config.mesh.sampling_tensor = 0  # `tensor` of sampling, where all other devices split the batch; 0 is the same
 
     config.evaluation = ConfigDict()
     config.evaluation.splits = ("test",)

@@ -81,6 +81,8 @@ class MeshConfig:
     `platform`: "cpu", "tpu", or "" for what jax finds. `cpu_devices`: host devices to make of a CPU (on two cores, two
     devices with the batch split between them decode twice as fast as one device with two threads). `data`, `fsdp`:
     the batch is spread over both, parameters over `fsdp`; `tensor`: heads and mlp; `expert`: experts of a mixture.
+    `sampling_tensor`: the same for sampling, which never spreads a parameter over the batch's devices: a decode step
+    would gather it for every token. 0 is `tensor`.
     """
 
     platform: str = ""
@@ -89,6 +91,7 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    sampling_tensor: int = 0
 
     @property
     def data_parallel(self) -> int:
@@ -98,6 +101,12 @@ class MeshConfig:
     @property
     def axis_sizes(self) -> dict[str, int]:
         return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "expert": self.expert}
+
+    @property
+    def sampling_axis_sizes(self) -> dict[str, int]:
+        """The same devices as sampling sees them."""
+        tensor = self.sampling_tensor or self.tensor
+        return {**self.axis_sizes, "data": self.data_parallel * self.tensor // tensor, "fsdp": 1, "tensor": tensor}
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
@@ -248,6 +257,13 @@ def validate(config: Config) -> None:
             f"config.train.prompts_per_step={prompts} must be a multiple of {blocks} = policy_update.num_minibatches "
             f"({update.num_minibatches}) x policy_update.num_microbatches ({update.num_microbatches}) x data x fsdp "
             f"({config.mesh.data_parallel})"
+        )
+    mesh = config.mesh
+    num_devices = mesh.data_parallel * mesh.tensor
+    if mesh.sampling_tensor % mesh.tensor or num_devices % (mesh.sampling_tensor or 1):
+        raise ValueError(
+            f"config.mesh.sampling_tensor={mesh.sampling_tensor} must be a multiple of mesh.tensor={mesh.tensor} that "
+            f"divides data x fsdp x tensor = {num_devices}, or 0"
         )
     for key, size in (
         ("pretrain.batch_size", config.pretrain.batch_size),

@@ -42,7 +42,7 @@ from safegrpo_jax.rewards.compose import (
 from safegrpo_jax.sampling.decode import ModelFunctions
 from safegrpo_jax.sampling.rollout import Placement, Sampler, SamplingConfig
 from safegrpo_jax.sft import SupervisedConfig
-from safegrpo_jax.sharding import param_shardings
+from safegrpo_jax.sharding import batch_sharding, param_shardings, regroup
 from safegrpo_jax.types import (
     Array,
     ArrayTree,
@@ -63,18 +63,23 @@ from safegrpo_jax.types import (
 class Programs:
     """The jitted programs of one run. Batches are sharded over the data axes, parameters by their rules.
 
-    `sampler.generate(params, prompts, key)` samples groups as GRPO trains on them, `greedy_sampler` gives one
-    greedy completion a prompt. `score(params, reference, prompts, rollouts)`, with the reference policy as
-    `reference_leaves` gives it, gives the Experience, the rewards and their metrics; `grade(rollouts, labels of the
-    prompts)` the rewards alone. `update(state, experience, replay)` is one GRPO step, `supervised[stage](state,
-    demonstrations)` one of "pretrain" or "cold_start". `init_state[stage](params)` makes the TrainState of a stage.
-    Both updates and `init_state` consume their first argument.
+    `sampler_params(params)` are parameters as sampling wants them: matrices in the compute dtype, laid out for
+    decoding. `sampler.generate(sampler_params, prompts, key)` samples groups as GRPO trains on them,
+    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` copies what a reference policy cannot share
+    with the policy: the leaves that GRPO trains, matrices in the compute dtype; None for the others.
+    `score(params, reference, prompts, rollouts)`, with what `freeze` gave, gives the Experience, the rewards and
+    their metrics; `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)`
+    is one GRPO step, `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start".
+    `init_state[stage](params)` makes the TrainState of a stage. Both updates and `init_state` consume their first
+    argument.
     """
 
     mesh: Mesh
     abstract_params: Params
     param_shardings: ArrayTree
     init_params: Callable[[Key], Params]
+    sampler_params: Callable[[Params], Params]
+    freeze: Callable[[Params], ArrayTree]
     sampler: Sampler
     greedy_sampler: Sampler
     grade: Callable[[Rollouts, Labels], Rewards]
@@ -90,8 +95,9 @@ def model_functions(model: QwenVLConfig) -> ModelFunctions:
     return ModelFunctions(
         encode=lambda params, prompts: qwen_vl.encode_images(params, prompts.images, model),
         prefill=lambda params, prompts, features: qwen_vl.prefill(params, prompts, features, model),
-        decode=lambda params, token_ids, positions, view, cache: qwen_vl.decode_hidden(
-            params, token_ids, positions, view, cache, model
+        unpack=lambda params: qwen_vl.decode_blocks(params, model),
+        decode=lambda params, blocks, token_ids, positions, view, cache: qwen_vl.decode_hidden(
+            params, token_ids, positions, view, cache, model, blocks
         ),
         logits=lambda params, hidden: qwen_vl.logits_from_hidden(params, hidden, model),
     )
@@ -161,14 +167,6 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
     }
 
 
-def reference_leaves(params: Params, config: Config) -> ArrayTree:
-    """Copies of the leaves that GRPO trains; None for the others, which the reference shares with the policy."""
-    mask = trainable_mask(params, config.model.freeze_vision)
-    if config.loss.kl_estimator == "none":  # nothing will read it
-        mask = jax.tree.map(lambda _: False, mask)
-    return jax.tree.map(jnp.copy, select_trainable(params, mask))
-
-
 def build_programs(
     config: Config,
     model: QwenVLConfig,
@@ -196,15 +194,20 @@ def build_programs(
     )
     greedy = dataclasses.replace(config.sampling, group_size=1, temperature=0.0)
 
+    sampling_mesh = regroup(mesh, config.mesh.sampling_axis_sizes)
+    placement = Placement(sampling_mesh, config.mesh.batch_axes, _head_axis(config, model))
+
     def build_sampler(sampling: SamplingConfig) -> Sampler:
-        placement = Placement(mesh, config.mesh.batch_axes, _head_axis(config, model))
-        return Sampler(model_functions(model), sampling, placement, banned_ids_mask, stop_ids, reward_tables)
+        rows = batch_sharding(mesh)
+        return Sampler(model_functions(model), sampling, placement, banned_ids_mask, stop_ids, reward_tables, rows)
 
     return Programs(
         mesh=mesh,
         abstract_params=abstract,
         param_shardings=shardings,
         init_params=jax.jit(lambda key: qwen_vl.init_params(model, key), out_shardings=shardings),
+        sampler_params=_build_sampler_params(model, param_shardings(abstract, sampling_mesh, config=config.sharding)),
+        freeze=_build_freeze(config, model, grpo.trainable, shardings),
         sampler=build_sampler(config.sampling),
         greedy_sampler=build_sampler(greedy),
         grade=_build_grade(config),
@@ -221,6 +224,33 @@ def build_programs(
             "grpo": grpo.shardings,
         },
     )
+
+
+def _build_sampler_params(model: QwenVLConfig, layout: ArrayTree) -> Callable[[Params], Params]:
+    """Casts, then lays out. Stacks go layer by layer: where the partitioned axis changes, the compiler brings an array
+    whole to every device."""
+
+    def move(path, leaf, target):
+        if "layers" not in jax.tree_util.keystr(path) or not any(target.spec):
+            return leaf
+        layer_target = NamedSharding(target.mesh, PartitionSpec(*target.spec[1:]))
+        return jax.lax.map(lambda layer: jax.lax.with_sharding_constraint(layer, layer_target), leaf)
+
+    def sampler_params(params):
+        return jax.tree_util.tree_map_with_path(move, qwen_vl.cast_weights(params, model), layout)
+
+    return jax.jit(sampler_params, out_shardings=layout)
+
+
+def _build_freeze(config: Config, model: QwenVLConfig, trainable: ArrayTree, layout: ArrayTree) -> Callable:
+    if config.loss.kl_estimator == "none":  # nothing will read a reference
+        trainable = jax.tree.map(lambda _: False, trainable)
+
+    def freeze(params):
+        return select_trainable(qwen_vl.cast_weights(params, model), trainable)
+
+    # With a layout given the leaves that are not cast are copied too: the first update consumes the originals.
+    return jax.jit(freeze, out_shardings=select_trainable(layout, trainable))
 
 
 class _Stage(NamedTuple):
@@ -372,7 +402,7 @@ def _build_grade(config: Config) -> Callable:
 def _head_axis(config: Config, model: QwenVLConfig) -> str | None:
     """The mesh axis that the cache's key heads are spread over, as the projections that make them are."""
     axis = config.sharding.kv_heads
-    parts = getattr(config.mesh, axis) if axis else 1
+    parts = config.mesh.sampling_axis_sizes[axis] if axis else 1
     return axis if parts > 1 and model.text.num_kv_heads % parts == 0 else None
 
 

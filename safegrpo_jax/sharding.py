@@ -72,6 +72,18 @@ def make_mesh(axis_sizes: dict[str, int], devices: Sequence[jax.Device] | None =
     )
 
 
+def regroup(mesh: Mesh, axis_sizes: dict[str, int]) -> Mesh:
+    """The devices of `mesh`, in the same order, under other axes.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    if math.prod(axis_sizes.values()) != mesh.size:
+        raise ValueError(f"mesh axes {axis_sizes} do not regroup the {mesh.size} devices of {dict(mesh.shape)}")
+    devices = mesh.devices.reshape(tuple(axis_sizes.values()))
+    return Mesh(devices, tuple(axis_sizes), axis_types=(AxisType.Auto,) * len(axis_sizes))
+
+
 def param_shardings(
     abstract_params: Params, mesh: Mesh, rules: Rules = QWEN_VL_RULES, config: ShardingConfig | None = None
 ) -> Params:

@@ -36,7 +36,6 @@ from safegrpo_jax.metrics import (
     write_evaluation,
     write_rollouts,
 )
-from safegrpo_jax.programs import reference_leaves
 from safegrpo_jax.report.html import write_report
 from safegrpo_jax.run import Run
 from safegrpo_jax.types import ArrayTree, Labels, Params, Rewards, Rollouts, TrainState
@@ -117,7 +116,7 @@ def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.S
         return params
     if finished := run.store.finished("grpo"):
         return run.store.restore_params(finished, _abstract_params(run))
-    reference = reference_leaves(params, run.config)
+    reference = run.programs.freeze(params)
     if run.store.steps("grpo"):
         for leaf in jax.tree.leaves(params):  # the state brings its own: frozen leaves are held once
             leaf.delete()
@@ -163,7 +162,7 @@ def grpo_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """One step: sample groups, score them, update. Returns the new state and the step's metrics.
 
-    `reference` is the fixed policy of the KL term, as `programs.reference_leaves` gives it.
+    `reference` is the fixed policy of the KL term, as `Programs.freeze` gave it.
     """
     timer = StageTimer()
     num_blocks = config_lib.num_blocks(run.config)
@@ -171,7 +170,9 @@ def grpo_step(
         prompts = run.prompts(records, num_blocks)
         replay = run.demonstrations(replay_records, num_blocks) if replay_records else None
     with timer("generate"):
-        rollouts, sampler_stats = run.programs.sampler.generate(state.params, prompts, key)
+        sampler_params = run.programs.sampler_params(state.params)
+        rollouts, sampler_stats = run.programs.sampler.generate(sampler_params, prompts, key)
+        del sampler_params  # room for the passes that follow
     with timer("score"):
         experience, rewards, stats = jax.block_until_ready(
             run.programs.score(state.params, reference, prompts, rollouts)
@@ -231,25 +232,25 @@ def _open_progress(stage: str, num_steps: int, start: int) -> Progress:
     return Progress(stream, stage, num_steps, start)
 
 
-def run_greedy(run: Run, params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
+def run_greedy(run: Run, sampler_params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
     """One greedy completion of each record, with its reward."""
     prompts = run.prompts(records, run.config.mesh.data_parallel)
-    rollouts, _ = run.programs.greedy_sampler.generate(params, prompts, jax.random.key(0))
+    rollouts, _ = run.programs.greedy_sampler.generate(sampler_params, prompts, jax.random.key(0))
     return rollouts, run.programs.grade(rollouts, prompts.labels)
 
 
-def run_sampled(run: Run, params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
+def run_sampled(run: Run, sampler_params: Params, records: Sequence[Record]) -> tuple[Rollouts, Rewards]:
     """A group of samples of each record, drawn as in training, with their rewards."""
     prompts = run.prompts(records, config_lib.num_blocks(run.config))
     key = jax.random.fold_in(jax.random.key(run.config.seed), 0)
-    rollouts, _ = run.programs.sampler.generate(params, prompts, key)
+    rollouts, _ = run.programs.sampler.generate(sampler_params, prompts, key)
     return rollouts, run.programs.grade(rollouts, prompts.labels)
 
 
-def score_records(run: Run, params: Params, records: Sequence[Record]) -> tuple[Scores, Rollouts, Rewards]:
+def score_records(run: Run, sampler_params: Params, records: Sequence[Record]) -> tuple[Scores, Rollouts, Rewards]:
     """Greedy scores of `records`."""
     batch_size = run.config.evaluation.batch_size
-    rollouts, rewards = run_split(records, batch_size, lambda batch: run_greedy(run, params, batch))
+    rollouts, rewards = run_split(records, batch_size, lambda batch: run_greedy(run, sampler_params, batch))
     texts = [
         "" if record.tagged else run.processor.decode(rollouts.completion_ids[i, : rollouts.completion_len[i]].tolist())
         for i, record in enumerate(records)
@@ -267,7 +268,8 @@ def score_records(run: Run, params: Params, records: Sequence[Record]) -> tuple[
 
 def validate(run: Run, params: Params) -> dict[str, float]:
     """Greedy scores of the validation split as metrics."""
-    scores, _, _ = score_records(run, params, run.records[run.config.evaluation.validation_split])
+    records = run.records[run.config.evaluation.validation_split]
+    scores, _, _ = score_records(run, run.programs.sampler_params(params), records)
     return {f"validation/{name}": value["value"] for name, value in scores.items()}
 
 
@@ -277,12 +279,13 @@ def evaluate(run: Run, params: Params, moment: str) -> dict[str, Scores]:
     if path.is_file():
         return json.loads(path.read_text())
     settings = run.config.evaluation
+    sampler_params = run.programs.sampler_params(params)
     results = {}
     for split in settings.splits:
         records = run.records[split]
-        scores, rollouts, rewards = score_records(run, params, records)
+        scores, rollouts, rewards = score_records(run, sampler_params, records)
         if all(record.tagged for record in records):
-            sampled = _sampled_rewards(run, params, records[: settings.sampled_records])
+            sampled = _sampled_rewards(run, sampler_params, records[: settings.sampled_records])
             low, high = bootstrap_mean_interval(sampled, seed=0)
             scores["sampled_mean_reward"] = {
                 "value": float(sampled.mean()),
@@ -306,9 +309,9 @@ def evaluate(run: Run, params: Params, moment: str) -> dict[str, Scores]:
     return results
 
 
-def _sampled_rewards(run: Run, params: Params, records: Sequence[Record]) -> np.ndarray:
+def _sampled_rewards(run: Run, sampler_params: Params, records: Sequence[Record]) -> np.ndarray:
     batch_size = run.config.train.prompts_per_step
-    _, rewards = run_split(records, batch_size, lambda batch: run_sampled(run, params, batch))
+    _, rewards = run_split(records, batch_size, lambda batch: run_sampled(run, sampler_params, batch))
     return np.asarray(rewards.total, np.float64)
 
 
@@ -371,7 +374,7 @@ def sample(run: Run, image_file: Path, prompt: str) -> str:
     except ValueError as error:
         raise ValueError(f"--image={image_file}: {error}") from error
     record = Record(prompt, (image,), text_tag="safe", image_tag="safe", combine_tag="safe")
-    params = latest_params(run)
+    params = run.programs.sampler_params(latest_params(run))
     rollouts, _ = processes.fetch(run_greedy(run, params, [record] * run.config.mesh.data_parallel))
     return run.processor.decode(rollouts.completion_ids[0, : rollouts.completion_len[0]].tolist())
 

@@ -11,7 +11,6 @@ from safegrpo_jax import config as config_lib
 from safegrpo_jax import run as run_lib
 from safegrpo_jax.grpo.advantages import AdvantageConfig, group_advantages
 from safegrpo_jax.grpo.loss import LossConfig, kl_estimate
-from safegrpo_jax.programs import reference_leaves
 
 SAME_PASS = 1e-5  # the same log-probabilities by two compiled programs, in float32
 
@@ -75,10 +74,31 @@ def test_proximal_logps_are_those_of_the_policy_in_training(rollout_batch):
     experience, _ = score(rollout_batch, ratio_anchor="proximal")
     np.testing.assert_allclose(experience.proximal_logps[mask], rollouts.behavior_logps[mask], atol=SAME_PASS)
     assert np.abs(experience.reference_logps - experience.proximal_logps)[mask].max() > 100 * SAME_PASS
-    no_reference = dataclasses.replace(
-        rollout_batch[0].config, loss=LossConfig(kl_estimator="none", kl_coefficient=0.0)
-    )
-    assert not jax.tree.leaves(reference_leaves(rollout_batch[1], no_reference))
+    run, params = rollout_batch[:2]
+    config = dataclasses.replace(run.config, loss=LossConfig(kl_estimator="none", kl_coefficient=0.0))
+    with jax.set_mesh(run.mesh):
+        assert jax.tree.leaves(run.programs.freeze(params))
+        assert not jax.tree.leaves(run_lib.build_run(config, run.workdir, ()).programs.freeze(params))
     unread, _ = score(rollout_batch, kl_estimator="none", kl_coefficient=0.0)
     np.testing.assert_array_equal(unread.proximal_logps, rollouts.behavior_logps)
     np.testing.assert_array_equal(unread.reference_logps, rollouts.behavior_logps)
+
+
+def test_sampling_has_a_layout_of_its_own(rollout_batch, tmp_path):
+    """A mesh that spreads parameters over the batch's devices for training, and only heads and mlp for sampling."""
+    run, params, _, _, rollouts = rollout_batch
+    mesh = dataclasses.replace(run.config.mesh, data=2, fsdp=4, sampling_tensor=2)
+    config = dataclasses.replace(run.config, mesh=mesh)
+    other = run_lib.build_run(config, tmp_path / "run", ("train",))
+    with jax.set_mesh(other.mesh):
+        prompts = other.prompts(other.records["train"][:16], config_lib.num_blocks(config))
+        trained = jax.device_put(jax.device_get(params), other.programs.param_shardings)
+        sampled = other.programs.sampler_params(trained)
+        again, _ = other.programs.sampler.generate(sampled, prompts, jax.random.key(3))
+    np.testing.assert_array_equal(np.asarray(again.completion_ids), np.asarray(rollouts.completion_ids))
+    assert again.completion_ids.sharding.shard_shape((32, 12)) == (4, 12)
+    shapes = {
+        name: tree["text"]["layers"]["mlp"]["gate"]["kernel"].sharding.shard_shape((1, 32, 32))
+        for name, tree in (("trained", trained), ("sampled", sampled))
+    }
+    assert shapes == {"trained": (1, 8, 32), "sampled": (1, 32, 16)}

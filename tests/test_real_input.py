@@ -148,14 +148,14 @@ def check_adapters(run, model_folder):
     changed = {name for name in original if (original[name] != exported[name]).any()}
     assert changed == {name for name in original if any(f".{part}.weight" in name for part in adapted)}
 
-    reference = programs.reference_leaves(start, run.config)
+    reference = run.programs.freeze(start)
     num_adapters = len(jax.tree.leaves(lora.only_adapters(start)))
     assert len(jax.tree.leaves(reference)) == num_adapters > 0
     opt_state = jax.eval_shape(run.programs.init_state["grpo"], start).opt_state
     assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(opt_state)) == 2 * num_adapters
 
     prompts = run.prompts(run.records["train"][:8], 8)
-    rollouts, _ = run.programs.sampler.generate(trained, prompts, jax.random.key(0))
+    rollouts, _ = run.programs.sampler.generate(run.programs.sampler_params(trained), prompts, jax.random.key(0))
     experience, _, _ = run.programs.score(trained, reference, prompts, rollouts)
     base = dataclasses.replace(run.model, lora=lora.LoraConfig())
     logps_fn = programs.make_logps_fn(base, run_lib.banned_ids(run.processor, base), 1.0, 0, freeze_vision=True)

@@ -15,7 +15,6 @@ from safegrpo_jax import config as config_lib
 from safegrpo_jax import run as run_lib
 from safegrpo_jax import train
 from safegrpo_jax.metrics import TAG_NAMES
-from safegrpo_jax.programs import reference_leaves
 from safegrpo_jax.rewards.automaton import build_tables
 from safegrpo_jax.rewards.compose import compute_rewards
 from safegrpo_jax.rewards.spans import scan
@@ -144,7 +143,7 @@ def test_grpo_leaves_a_frozen_tower_as_it_is(finished, cache_folder):
     before = run.store.restore_params(run.store.finished("cold_start"), abstract)
     moved = jax.tree.map(lambda old, new: bool((old != new).any()), before, train.latest_params(run))
     assert not any(jax.tree.leaves(moved["vision"])) and all(jax.tree.leaves(moved["text"]))
-    reference = reference_leaves(before, run.config)  # shares the tower with the policy
+    reference = run.programs.freeze(before)  # shares the tower with the policy
     assert not jax.tree.leaves(reference["vision"])
     jax.tree.map(np.testing.assert_array_equal, reference["text"], before["text"])
 

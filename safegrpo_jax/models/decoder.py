@@ -10,6 +10,7 @@ modeling_qwen3_vl_moe.py, modeling_qwen2_5_vl.py (numeric oracles).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,11 @@ class TextDecoder(nnx.Module):
         x, rest = run_layers(body, x, self.layers, execution)
         return x, first + rest if keep_cache else ()
 
+    def blocks(self) -> list[TextBlock]:
+        """All blocks in order, cut out of their stacks."""
+        stacks = [stack for stack in (self.deepstack_layers, self.layers) if stack is not None]
+        return [block for stack in stacks for block in unstack(stack)]
+
     def decode(
         self,
         token_ids: Int[Array, "n"],
@@ -177,13 +183,16 @@ class TextDecoder(nnx.Module):
         view: CacheView,
         cache: KVCache,
         execution: Execution,
+        blocks: Sequence[TextBlock] | None = None,
     ) -> tuple[Float[Array, "n d"], KVCache]:
-        """One token per slot through all blocks and the final norm; its keys and values go to `view.column`."""
+        """One token per slot through all blocks and the final norm; its keys and values go to `view.column`.
+
+        `blocks` from `self.blocks()` where they were cut out of their stacks before.
+        """
         x = self.embed_tokens(token_ids[:, None], execution)
         cos, sin = self._rotation(jnp.broadcast_to(positions[None, :, None], (3, len(positions), 1)), execution)
         private_keys, private_values = [], []
-        stacks = [stack for stack in (self.deepstack_layers, self.layers) if stack is not None]
-        for index, block in enumerate(block for stack in stacks for block in unstack(stack)):
+        for index, block in enumerate(self.blocks() if blocks is None else blocks):
             query, keys, values = block.heads(x, cos, sin)
             place = (0, 0, view.column, 0)
             private_keys.append(jax.lax.dynamic_update_slice(cache.private_keys[index], keys, place))

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from safegrpo_jax.models.decoder import TextConfig, TextDecoder
+from safegrpo_jax.models.decoder import TextBlock, TextConfig, TextDecoder
 from safegrpo_jax.models.layers import Execution
 from safegrpo_jax.models.lora import LoraConfig, adapt, only_adapters
 from safegrpo_jax.models.vision import VisionConfig
 from safegrpo_jax.models.windowed_vision import WindowedVisionConfig
 from safegrpo_jax.types import Array, CacheView, Key, KVCache, PackedImages, Params, Prompts, VisionFeatures
 
+_MATRIX_NAMES = ("kernel", "embed", "gate_up", "down", "lora_a", "lora_b")
 TOKEN_ID_NAMES = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -123,6 +125,19 @@ def init_params(config: QwenVLConfig, key: Key) -> Params:
     }
 
 
+def cast_weights(params: Params, config: QwenVLConfig) -> Params:
+    """A copy in which what every forward pass casts to the compute dtype is cast already: the same results to the bit.
+
+    Norms, biases and the position table stay as they are, for they enter in float32.
+    """
+    dtype = config.execution.compute_dtype
+
+    def copy(path, leaf):
+        return leaf.astype(dtype) if path[-1].key in _MATRIX_NAMES else leaf
+
+    return jax.tree_util.tree_map_with_path(copy, params)
+
+
 def init_adapters(config: QwenVLConfig, key: Key) -> Params:
     """Fresh adapters alone, to be joined to loaded parameters. Under jit the base model is never made."""
     return only_adapters(init_params(config, key))
@@ -191,12 +206,22 @@ def decode_hidden(
     view: CacheView,
     cache: KVCache,
     config: QwenVLConfig,
+    blocks: Sequence[TextBlock] | None = None,
 ) -> tuple[Float[Array, "n d"], KVCache]:
     """One decode step: hidden states after the final norm, and the cache with private column `view.column` written.
 
     Each slot attends to the prefix it sits at and to its own private columns, that of this token included.
+    `blocks` from `decode_blocks`, once for many steps.
     """
-    return _text(params, config).decode(token_ids, positions, view, cache, config.execution)
+    return _text(params, config).decode(token_ids, positions, view, cache, config.execution, blocks)
+
+
+def decode_blocks(params: Params, config: QwenVLConfig) -> list[TextBlock] | None:
+    """The blocks cut out of their stacks, a copy of them all: in a loop on a CPU every step would make that copy.
+
+    None with `scan_layers`, the choice for models of which there is no room for two.
+    """
+    return None if config.scan_layers else _text(params, config).blocks()
 
 
 def _make_vision(config, rngs):

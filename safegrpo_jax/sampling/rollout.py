@@ -106,6 +106,18 @@ class Placement:
     def heads(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(self.batch_axes, self.head_axis))
 
+    def place_inputs(self, prompts: Prompts, key: Key) -> tuple[Prompts, Key]:
+        """Brings a batch from the trainer's mesh: prompts to their shards, images to all devices where they divide."""
+        everywhere = self.mesh.axis_names if len(prompts.images.patches) % self.mesh.size == 0 else self.batch_axes
+        image_rows = NamedSharding(self.mesh, PartitionSpec(everywhere))
+
+        def place(path, leaf):
+            if path[0].name == "images":
+                return image_rows
+            return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
+
+        return jax.device_put((prompts, key), (jax.tree_util.tree_map_with_path(place, prompts), self.replicated))
+
     def constrain(self, tree: ArrayTree) -> ArrayTree:
         """Inside jit: arrays spread over the shards, those of keys and values (four axes) over their heads too,
         scalars replicated."""
@@ -164,12 +176,16 @@ class Sampler:
         Raises:
           ValueError: prompts or slots that do not divide into the shards.
         """
-        sampling = self.sampling
+        with jax.set_mesh(self.placement.mesh):
+            prompts, key = self.placement.place_inputs(prompts, key)
+            return self._generate(params, prompts, key)
+
+    def _generate(self, params: Params, prompts: Prompts, key: Key) -> tuple[Rollouts, dict[str, float]]:
         layout = self.layout(len(prompts.record_ids))
-        num_rows = layout.num_prompts * sampling.group_size
+        num_rows = layout.num_prompts * self.sampling.group_size
         features = self.encode(params, prompts)
         state, pool, private, keys = self.start(params, prompts, features, key, layout=layout)
-        prefixes = Prefixes(layout, sampling.group_size)
+        prefixes = Prefixes(layout, self.sampling.group_size)
         num_steps = slot_steps = 0
         while True:
             for index, places in prefixes.due():

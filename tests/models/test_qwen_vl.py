@@ -104,6 +104,16 @@ def test_padding_influences_nothing(random_model):
     np.testing.assert_array_equal(actual[prompts.prompt_mask], expected[prompts.prompt_mask])
 
 
+def test_cast_weights_give_the_same_bits(random_model):
+    config, params = random_model
+    config = dataclasses.replace(config, dtype="bfloat16")
+    cast = qwen_vl.cast_weights(params, config)
+    prompts = example_prompts()
+    np.testing.assert_array_equal(prompt_logits(cast, prompts, config), prompt_logits(params, prompts, config))
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(cast)) / sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert kept < 0.55, "matrices are nearly all there is"
+
+
 def test_images_of_one_packing_row_are_isolated(random_model):
     config, params = random_model
     images = example_prompts().images

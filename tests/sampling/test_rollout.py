@@ -171,7 +171,7 @@ def test_idle_slots_are_dropped_once_nothing_waits():
 
 
 def test_sharded_decode_keeps_every_buffer_split():
-    """On 8 devices no step exchanges more than a number, and the cache that the loop ends with is split as it began."""
+    """On 8 devices a step exchanges one number, and the cache that the loop ends with is split as it began."""
     sampler = make_sampler(dataclasses.replace(SAMPLING, group_size=2, num_slots=8), num_devices=8)
     prompts = shard_batch(make_prompts(range(16)), sampler.placement.mesh)
     layout = sampler.layout(16)
@@ -181,7 +181,7 @@ def test_sharded_decode_keeps_every_buffer_split():
     arguments = (init_params(), state, private, pool, queue, keys, sampler.constants)
     compiled = sampler.decode.lower(*arguments).compile()
     exchanged = re.findall(r"= (\S+) (?:all-|collective-)\S+\(.*op_name=.*/while/", compiled.as_text())
-    assert exchanged and all("[]" in shape for shape in exchanged), exchanged
+    assert exchanged == ["s32[]"], exchanged
     after, before = jax.tree.leaves(compiled.output_shardings[:2]), jax.tree.leaves((state, private))
     assert all(leaf.sharding.is_equivalent_to(out, leaf.ndim) for leaf, out in zip(before, after, strict=True))
     assert private.keys[0].sharding.shard_shape((8, 2, 9, 6)) == (1, 2, 9, 6)
@@ -210,7 +210,7 @@ def test_ragged_batches_compile_nothing_new():
     params = [init_params(end_bias=float(bias)) for bias in (-1, 0, 1)]
     for seed in range(70):
         if seed == 20:
-            assert len(compiled) > 10
+            assert len(compiled) > 5
             compiled.clear()
         records = np.random.default_rng(seed).integers(0, 100, 8)
         sampler.generate(params[seed % 3], make_prompts(records), jax.random.key(seed))

@@ -82,7 +82,7 @@ def _prefill(params, prompts, features):
     return hidden[:, -1], (keys,), (values,)
 
 
-def _decode(params, token_ids, positions, view, cache):
+def _decode(params, unpacked, token_ids, positions, view, cache):
     """Repeats each slot's prefix and takes its private columns by their age: the plainest reading of `CacheView`."""
     x = _embed(params, token_ids, positions)[:, None]
     private = (
@@ -108,7 +108,7 @@ def _encode(params, prompts):
     return jnp.zeros(())
 
 
-FUNCTIONS = ModelFunctions(encode=_encode, prefill=_prefill, decode=_decode, logits=logits)
+FUNCTIONS = ModelFunctions(encode=_encode, prefill=_prefill, unpack=lambda params: None, decode=_decode, logits=logits)
 
 
 def make_prompts(record_ids, prompt_len=PROMPT_LEN, with_rope_delta=True):
