@@ -160,7 +160,7 @@ def test_round_trip_is_exact(model, exported):
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_transformers_saved_comes_back_byte_for_byte(tmp_path, family, dtype):
-    """Names, types, shapes and bytes of every tensor; and a second export is the first, file for file."""
+    """Names, types, shapes and bytes of every tensor; and a second round trip is the first, file for file."""
     torch = pytest.importorskip("torch")
     config = tiny_config(family)
     torch_model(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
@@ -171,14 +171,15 @@ def test_what_transformers_saved_comes_back_byte_for_byte(tmp_path, family, dtyp
         previous = tmp_path / name
         hf_weights.export(previous, params, config, content, max_shard_bytes=150_000)
     theirs, ours = (
-        {
-            name: (tensor.dtype, tensor.shape, tensor.tobytes())
-            for path in folder.glob("*.safetensors")
-            for name, tensor in load_file(path).items()
-        }
+        {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
         for folder in (tmp_path / "theirs", tmp_path / "ours")
     )
-    assert ours == theirs
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        if ".experts." in name:  # written as transformers has them in memory; the published files have in-axes first
+            tensor = tensor.swapaxes(1, 2)
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+        assert ours[name].tobytes() == tensor.tobytes(), name
     files = sorted(path.name for path in previous.iterdir())
     assert len(files) > 3 and files == sorted(path.name for path in (tmp_path / "ours").iterdir())
     for file in files:
