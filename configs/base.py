@@ -20,6 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.path = ""  # a Qwen-VL folder; "" is the embedded small model
+    config.model.size = ""  # a published size, such as "qwen3-vl-8b", that the folder must hold
     config.model.compute_dtype = "bfloat16"
     config.model.freeze_vision = False  # GRPO trains the vision tower too, as published
     config.model.remat = True
@@ -130,7 +131,15 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
     config.mesh.expert = 1
-    config.mesh.sampling_tensor = 0  # `tensor` of sampling, where all other devices split the batch; 0 is the same
+    config.mesh.sampling_tensor = 0  # parts of heads and mlp while sampling; 0 is `tensor`
+    config.sharding = ConfigDict()  # the mesh axis that each logical axis of the parameters is spread over
+    config.sharding.vocab = "tensor"
+    config.sharding.width = "fsdp"
+    config.sharding.heads = "tensor"
+    config.sharding.kv_heads = "tensor"
+    config.sharding.mlp = "tensor"
+    config.sharding.experts = "expert"
+    config.sharding.vision_width = "fsdp"
 
     config.evaluation = ConfigDict()
     config.evaluation.splits = ("test",)

@@ -27,6 +27,7 @@ from safegrpo_jax.grpo.optimizer import OptimizerConfig
 from safegrpo_jax.grpo.update import UpdateConfig
 from safegrpo_jax.models import attention, grouped
 from safegrpo_jax.models.lora import LoraConfig
+from safegrpo_jax.models.qwen_vl import PUBLISHED_SIZES, QwenVLConfig
 from safegrpo_jax.rewards.compose import RewardConfig
 from safegrpo_jax.sampling.rollout import SamplingConfig
 from safegrpo_jax.sft import SupervisedConfig
@@ -55,14 +56,16 @@ class SmallModelConfig:
 class ModelConfig:
     """Where the policy comes from and how it computes.
 
-    `path`: a Qwen-VL folder in Hugging Face format, or "" for the embedded small model. `compute_dtype`: of
-    activations; parameters are float32. `freeze_vision`: GRPO leaves the vision tower as it is; the supervised stages
-    train it. `logits_chunk`: tokens whose logits exist at a time in log-probabilities, 0 for all. `attention`:
-    "reference", or on a TPU "splash". `experts`, of a mixture: "ragged_dot", or on a TPU "megablox". `lora`: train
-    adapters of a checkpoint's projections instead of its weights.
+    `path`: a Qwen-VL folder in Hugging Face format, or "" for the embedded small model. `size`: a name of
+    `qwen_vl.PUBLISHED_SIZES` that the folder must hold; enough for --mode=plan, which needs no folder.
+    `compute_dtype`: of activations; parameters are float32. `freeze_vision`: GRPO leaves the vision tower as it is; the
+    supervised stages train it. `logits_chunk`: tokens whose logits exist at a time in log-probabilities, 0 for all.
+    `attention`: "reference", or on a TPU "splash". `experts`, of a mixture: "ragged_dot", or on a TPU "megablox".
+    `lora`: train adapters of a checkpoint's projections instead of its weights.
     """
 
     path: str = ""
+    size: str = ""
     compute_dtype: str = "float32"
     freeze_vision: bool = False
     remat: bool = False
@@ -286,8 +289,11 @@ def validate(config: Config) -> None:
         value = getattr(config.model, key)
         if value not in allowed:
             raise ValueError(f"config.model.{key}={value!r}: use one of {', '.join(map(repr, allowed))}")
+    if config.model.size and config.model.size not in PUBLISHED_SIZES:
+        known = suggestion(config.model.size, PUBLISHED_SIZES)
+        raise ValueError(f"config.model.size={config.model.size!r}: no such published model{known}")
     lora, supervised = config.model.lora, config.pretrain.num_steps or config.cold_start.num_steps
-    if lora.rank and not config.model.path:
+    if lora.rank and not (config.model.path or config.model.size):
         raise ValueError(f"config.model.lora.rank={lora.rank} adapts a trained model: set config.model.path, or rank 0")
     if lora.rank and lora.vision_projections and config.model.freeze_vision and not supervised:
         raise ValueError(
@@ -316,6 +322,38 @@ def validate(config: Config) -> None:
             f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} exceeds the largest of "
             f"processor.completion_buckets {config.processor.completion_buckets}"
         )
+
+
+def executed(model: QwenVLConfig, settings: ModelConfig) -> QwenVLConfig:
+    """The model as `settings` want it computed."""
+    return dataclasses.replace(
+        model,
+        dtype=settings.compute_dtype,
+        scan_layers=settings.scan_layers,
+        remat=settings.remat,
+        attention=settings.attention,
+        experts=settings.experts,
+        lora=settings.lora,
+    )
+
+
+def check_size(model: QwenVLConfig, settings: ModelConfig) -> None:
+    """Compares a checkpoint's `model` with the published one that `settings.size` names, if any.
+
+    Raises:
+      ValueError: they differ; names the first field.
+    """
+    if not settings.size:
+        return
+    published = PUBLISHED_SIZES[settings.size]
+    for part in ("vision", "text"):
+        ours, theirs = (dataclasses.asdict(getattr(which, part)) for which in (published, model))
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"config.model.size={settings.size!r} has {part} {name} {ours.get(name)}, the checkpoint in "
+                    f"config.model.path={settings.path!r} {theirs.get(name)}; name the size of the checkpoint"
+                )
 
 
 def num_blocks(config: Config) -> int:

@@ -1,11 +1,12 @@
 """Command line: flags, devices, and the choice of mode.
 
-    python -m safegrpo_jax.main --config=FILE[:arg] [--workdir=DIR] [--mode=train|evaluate|sample|export]
-        [--config.section.key=value] [--image=FILE --prompt=TEXT]
+    python -m safegrpo_jax.main --config=FILE[:arg] [--workdir=DIR] [--mode=train|evaluate|sample|export|plan]
+        [--config.section.key=value] [--image=FILE --prompt=TEXT] [--topology=v4:2x2x4]
         [--distributed | --coordinator=HOST:PORT --num_processes=N --process_id=I]
 
-Bad input ends with one line on stderr and exit code 2, a non-finite number with 1. An interrupted run saves and exits
-with 128 plus the signal: 130 after Ctrl-C, 143 after SIGTERM, by which a platform announces that it takes the machine.
+Bad input ends with one line on stderr and exit code 2, a non-finite number with 1, as does a plan that does not fit.
+An interrupted run saves and exits with 128 plus the signal: 130 after Ctrl-C, 143 after SIGTERM, by which a platform
+announces that it takes the machine.
 
 Several processes (hosts of a slice) run the same command with --distributed on Cloud TPU VMs, elsewhere with the three
 flags of the coordinator, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment. They exit
@@ -38,13 +39,15 @@ from safegrpo_jax import processes, train
 from safegrpo_jax import run as run_lib
 from safegrpo_jax.checkpoint import package_versions
 from safegrpo_jax.metrics import MetricsWriter, NonFiniteError
+from safegrpo_jax.plan.run import plan_mode
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with an optional argument: FILE[:arg].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run leaves; default workdirs/<config>[-arg].")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "export"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "export", "plan"], "What to do.")
 _IMAGE = flags.DEFINE_string("image", None, "For --mode=sample: an image file.")
 _PROMPT = flags.DEFINE_string("prompt", None, "For --mode=sample: the request.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "For --mode=plan: a TPU slice, such as v4:2x2x4; none is needed.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, which the platform tells of.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "One of several processes: HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes there are.")
@@ -139,6 +142,20 @@ def prepare() -> run_lib.Run:
     return run_lib.build_run(config, workdir, ())
 
 
+def plan_run() -> int:
+    """Plans the run on a slice that need not exist and returns the exit code.
+
+    Raises:
+      ValueError: anything wrong with the flags or the config.
+    """
+    if not _TOPOLOGY.value:
+        raise ValueError("--mode=plan needs --topology, such as --topology=v4:2x2x4 or v5e:8x8")
+    jax.config.update("jax_platforms", "cpu")  # the slice is only described
+    config = config_lib.from_config_dict(_CONFIG.value)
+    workdir = Path(_WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
+    return plan_mode(config, _TOPOLOGY.value, workdir)
+
+
 def train_run(run: run_lib.Run, writer: MetricsWriter) -> int:
     """Trains, prints the results and their paths, and returns the exit code."""
     number = train.train(run, writer)
@@ -169,6 +186,8 @@ def execute() -> int:
     input_errors: tuple[type[Exception], ...] = (ValueError, OSError)
     try:
         parse_flags(sys.argv)
+        if _MODE.value == "plan":
+            return plan_run()
         run = prepare()
         with jax.set_mesh(run.mesh):
             if _MODE.value != "train":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from safegrpo_jax.grpo.advantages import group_advantages, per_rule_advantages, 
 from safegrpo_jax.grpo.logps import token_logps
 from safegrpo_jax.grpo.loss import kl_estimate
 from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer, merge_trainable, select_trainable
-from safegrpo_jax.grpo.update import update_policy, update_supervised
+from safegrpo_jax.grpo.update import logps_in_blocks, update_policy, update_supervised
 from safegrpo_jax.masked import masked_sum
 from safegrpo_jax.models import qwen_vl
 from safegrpo_jax.models.lora import trainable_mask
@@ -42,7 +42,14 @@ from safegrpo_jax.rewards.compose import (
 from safegrpo_jax.sampling.decode import ModelFunctions
 from safegrpo_jax.sampling.rollout import Placement, Sampler, SamplingConfig
 from safegrpo_jax.sft import SupervisedConfig
-from safegrpo_jax.sharding import batch_sharding, param_shardings, regroup
+from safegrpo_jax.sharding import (
+    batch_axis,
+    batch_sharding,
+    compiler_options,
+    param_shardings,
+    regroup,
+    replicate,
+)
 from safegrpo_jax.types import (
     Array,
     ArrayTree,
@@ -65,13 +72,12 @@ class Programs:
 
     `sampler_params(params)` are parameters as sampling wants them: matrices in the compute dtype, laid out for
     decoding. `sampler.generate(sampler_params, prompts, key)` samples groups as GRPO trains on them,
-    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` copies what a reference policy cannot share
-    with the policy: the leaves that GRPO trains, matrices in the compute dtype; None for the others.
-    `score(params, reference, prompts, rollouts)`, with what `freeze` gave, gives the Experience, the rewards and
-    their metrics; `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)`
-    is one GRPO step, `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start".
-    `init_state[stage](params)` makes the TrainState of a stage. Both updates and `init_state` consume their first
-    argument.
+    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` is the reference policy: copies of the
+    leaves that GRPO trains, matrices in the compute dtype, None for those that it shares with the policy.
+    `score(params, reference, prompts, rollouts)` gives the Experience, the rewards and their metrics;
+    `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)` is one GRPO step,
+    `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start". `init_state[stage](params)` makes the
+    TrainState of a stage. Both updates and `init_state` consume their first argument.
     """
 
     mesh: Mesh
@@ -180,10 +186,10 @@ def build_programs(
 
     `other_reward_tables` are those of the rule set that is not used: the metrics say how often the two disagree.
     """
-    abstract = jax.eval_shape(lambda key: qwen_vl.init_params(model, key), jax.random.key(0))
+    abstract = jax.eval_shape(lambda: qwen_vl.init_params(model, jax.random.key(0)))
     shardings = param_shardings(abstract, mesh, config=config.sharding)
     replicated = NamedSharding(mesh, PartitionSpec())
-    tables, other_tables, banned = jax.device_put((reward_tables, other_reward_tables, banned_ids_mask), replicated)
+    other_tables, banned = replicate((other_reward_tables, banned_ids_mask), mesh)
     pretrain, cold_start, grpo = (
         _build_stage(optimizer, trainable_mask(abstract, frozen), abstract, shardings, replicated)
         for optimizer, frozen in (
@@ -207,15 +213,15 @@ def build_programs(
         param_shardings=shardings,
         init_params=jax.jit(lambda key: qwen_vl.init_params(model, key), out_shardings=shardings),
         sampler_params=_build_sampler_params(model, param_shardings(abstract, sampling_mesh, config=config.sharding)),
-        freeze=_build_freeze(config, model, grpo.trainable, shardings),
+        freeze=_build_freeze(config, model, shardings),
         sampler=build_sampler(config.sampling),
         greedy_sampler=build_sampler(greedy),
         grade=_build_grade(config),
-        score=_bind(_build_score(config, model), banned, other_tables),
-        update=_bind(_build_update(config, model, grpo, replicated), banned),
+        score=Bound(_build_score(config, model, mesh), banned, other_tables),
+        update=Bound(_build_update(config, model, grpo, replicated), banned),
         supervised={
-            "pretrain": _bind(_build_supervised(config, config.pretrain, model, pretrain, replicated), banned),
-            "cold_start": _bind(_build_supervised(config, config.cold_start, model, cold_start, replicated), banned),
+            "pretrain": Bound(_build_supervised(config, config.pretrain, model, pretrain, replicated), banned),
+            "cold_start": Bound(_build_supervised(config, config.cold_start, model, cold_start, replicated), banned),
         },
         init_state={"pretrain": pretrain.init, "cold_start": cold_start.init, "grpo": grpo.init},
         state_shardings={
@@ -242,15 +248,14 @@ def _build_sampler_params(model: QwenVLConfig, layout: ArrayTree) -> Callable[[P
     return jax.jit(sampler_params, out_shardings=layout)
 
 
-def _build_freeze(config: Config, model: QwenVLConfig, trainable: ArrayTree, layout: ArrayTree) -> Callable:
-    if config.loss.kl_estimator == "none":  # nothing will read a reference
-        trainable = jax.tree.map(lambda _: False, trainable)
-
-    def freeze(params):
-        return select_trainable(qwen_vl.cast_weights(params, model), trainable)
-
-    # With a layout given the leaves that are not cast are copied too: the first update consumes the originals.
-    return jax.jit(freeze, out_shardings=select_trainable(layout, trainable))
+def _build_freeze(config: Config, model: QwenVLConfig, shardings: ArrayTree) -> Callable[[Params], ArrayTree]:
+    mask = trainable_mask(shardings, config.model.freeze_vision)
+    if config.loss.kl_estimator == "none":  # nothing will read it
+        mask = jax.tree.map(lambda _: False, mask)
+    return jax.jit(
+        lambda params: select_trainable(qwen_vl.cast_weights(params, model), mask),
+        out_shardings=select_trainable(shardings, mask),
+    )
 
 
 class _Stage(NamedTuple):
@@ -262,9 +267,17 @@ class _Stage(NamedTuple):
     shardings: ArrayTree
 
 
-def _bind(program: Callable, *last: ArrayTree) -> Callable:
-    """`program` with its last arguments fixed. They stay arguments of the executable instead of constants in it."""
-    return lambda *arguments: program(*arguments, *last)
+class Bound:
+    """A jitted program with its last arguments fixed. They stay arguments of the executable, not constants in it."""
+
+    def __init__(self, program: Callable, *last: ArrayTree):
+        self._program, self._last = program, last
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._program(*arguments, *self._last)
+
+    def trace(self, *arguments: Any) -> jax.stages.Traced:
+        return self._program.trace(*arguments, *self._last)
 
 
 def _build_stage(
@@ -297,7 +310,12 @@ def _build_supervised(
             batch_axes=config.mesh.batch_axes,
         )
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(stage.shardings, replicated))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(stage.shardings, replicated),
+        compiler_options=compiler_options(replicated.mesh),
+    )
 
 
 def _build_update(config: Config, model: QwenVLConfig, stage: _Stage, replicated: NamedSharding) -> Callable:
@@ -316,10 +334,15 @@ def _build_update(config: Config, model: QwenVLConfig, stage: _Stage, replicated
             trainable_mask=stage.trainable,
         )
 
-    return jax.jit(update, donate_argnums=0, out_shardings=(stage.shardings, replicated))
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        out_shardings=(stage.shardings, replicated),
+        compiler_options=compiler_options(replicated.mesh),
+    )
 
 
-def _build_score(config: Config, model: QwenVLConfig) -> Callable:
+def _build_score(config: Config, model: QwenVLConfig, mesh: Mesh) -> Callable:
     loss, sampling = config.loss, config.sampling
     logps_of = functools.partial(
         make_logps_fn, model, temperature=sampling.temperature, chunk=config.model.logits_chunk
@@ -327,7 +350,12 @@ def _build_score(config: Config, model: QwenVLConfig) -> Callable:
 
     def score(params, reference, prompts, rollouts, banned, other_tables):
         mask = rollouts.completion_mask
-        logps_fn = logps_of(banned_ids_mask=banned, freeze_vision=True)
+        all_at_once = logps_of(banned_ids_mask=banned, freeze_vision=True)
+        num_blocks = config.policy_update.num_minibatches * config.policy_update.num_microbatches
+
+        def logps_fn(params, *batch):
+            return logps_in_blocks(params, *batch, all_at_once, num_blocks, config.mesh.batch_axes)
+
         tokens = (prompts, rollouts.completion_ids, mask)
         labels = repeat_labels(prompts.labels, sampling.group_size)
         plain = compute_rewards(rollouts.spans, labels, config.rewards)
@@ -335,9 +363,9 @@ def _build_score(config: Config, model: QwenVLConfig) -> Callable:
         # What the loss does not read is not computed at all.
         reference_logps = proximal_logps = rollouts.behavior_logps
         if loss.kl_estimator != "none":
-            reference_logps, _ = logps_fn(merge_trainable(reference, params), *tokens)
+            reference_logps = logps_fn(merge_trainable(reference, params), *tokens)
         if loss.ratio_anchor == "proximal":
-            proximal_logps, _ = logps_fn(params, *tokens)
+            proximal_logps = logps_fn(params, *tokens)
         returns = rewards
         if loss.kl_in_reward:
             divergence = kl_estimate(rollouts.behavior_logps, reference_logps, loss.kl_estimator)
@@ -355,10 +383,13 @@ def _build_score(config: Config, model: QwenVLConfig) -> Callable:
             reference_logps=reference_logps,
             advantages=advantages * mask,
         )
+        # Where the update expects it; with the compiler's choice the update could be compiled for another layout.
+        layout = jax.tree_util.tree_map_with_path(lambda path, _: batch_sharding(mesh, batch_axis(path)), experience)
+        experience = jax.lax.with_sharding_constraint(experience, layout)
         stats |= reward_metrics(rewards, labels) | rollout_metrics(rollouts)
         return experience, rewards, stats | _rule_set_metrics(plain, rollouts, labels, other_tables, config)
 
-    return jax.jit(score)
+    return jax.jit(score, compiler_options=compiler_options(mesh))
 
 
 def _advantages(

@@ -139,21 +139,19 @@ def build_run(config: Config, workdir: Path, splits: Sequence[str]) -> Run:
     Raises:
       ValueError: anything wrong with the model folder, the data, the config or the checkpoints of `workdir`.
     """
+    if config.model.size and not config.model.path:
+        raise ValueError(
+            f"config.model.path is empty: {config.model.size!r} needs its checkpoint, a folder in Hugging Face format; "
+            "without one --mode=plan tells whether it would fit"
+        )
     started = time.monotonic()
     _use_compilation_cache(config)
     mesh = make_mesh(config.mesh.axis_sizes)
     processes.check_shared(workdir)
     with processes.first_alone("base model"):
         folder = Path(config.model.path) if config.model.path else _base_model(config, workdir / "base_model")
-    model = dataclasses.replace(
-        hf_config.read_config(folder),
-        dtype=config.model.compute_dtype,
-        scan_layers=config.model.scan_layers,
-        remat=config.model.remat,
-        attention=config.model.attention,
-        experts=config.model.experts,
-        lora=config.model.lora,
-    )
+    model = config_lib.executed(hf_config.read_config(folder), config.model)
+    config_lib.check_size(model, config.model)
     processor = Processor.from_folder(
         folder, dataclasses.replace(config.processor, max_image_pixels=config.data.max_image_pixels)
     )

@@ -162,7 +162,7 @@ def grpo_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """One step: sample groups, score them, update. Returns the new state and the step's metrics.
 
-    `reference` is the fixed policy of the KL term, as `Programs.freeze` gave it.
+    `reference` is the fixed policy of the KL term, as `programs.freeze` gives it.
     """
     timer = StageTimer()
     num_blocks = config_lib.num_blocks(run.config)

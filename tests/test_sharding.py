@@ -51,7 +51,9 @@ def test_published_parameters_are_placed(shapes):
         "text/layers/mlp/gate/kernel": PartitionSpec(None, "fsdp", "tensor"),
         "text/layers/mlp/down/kernel": PartitionSpec(None, "tensor", "fsdp"),
         "text/layers/q_norm/scale": PartitionSpec(),
-        "vision/blocks/stage_0/qkv/kernel": PartitionSpec(),
+        "vision/blocks/stage_0/qkv/kernel": PartitionSpec(None, "fsdp", None, None, None),
+        "vision/blocks/stage_0/proj/kernel": PartitionSpec(None, None, None, "fsdp"),
+        "vision/pos_table": PartitionSpec(),
     }
     assert {path: spec_of(placed, path) for path in expected} == expected
     assert jax.tree.structure(placed) == jax.tree.structure(shapes)

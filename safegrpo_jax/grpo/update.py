@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.grpo.loss import LossConfig, grpo_loss, token_weights
 from safegrpo_jax.grpo.optimizer import last_learning_rate, merge_trainable, select_trainable
-from safegrpo_jax.types import Array, ArrayTree, Demonstrations, Experience, Metrics, Prompts, TrainState
+from safegrpo_jax.types import Array, ArrayTree, Demonstrations, Experience, Metrics, Params, Prompts, TrainState
 
 PATCHES_PER_FEATURE = 4  # a merged vision token covers 2 x 2 patches, consecutive in their packing row
 
@@ -158,6 +158,22 @@ def update_supervised(
     grads, metrics, _ = _accumulate(block_loss, state.params, trainable_mask, blocks)
     params, opt_state, step_metrics = _apply_gradients(state.params, state.opt_state, grads, optimizer)
     return TrainState(state.step + 1, params, opt_state), metrics | step_metrics
+
+
+def logps_in_blocks(
+    params: Params,
+    prompts: Prompts,
+    completion_ids: Int[Array, "n c"],
+    completion_mask: Bool[Array, "n c"],
+    logps_fn: Callable,
+    count: int,
+    batch_axes: tuple[str, ...],
+) -> Float[Array, "n c"]:
+    """Log-probabilities of all rollouts, `count` blocks of prompts one after another, as the update takes them: the
+    activations of one block exist at a time. Arguments as in `update_policy`."""
+    blocks = _split_blocks((prompts, completion_ids, completion_mask), count, batch_axes)
+    logps = jax.lax.map(lambda block: logps_fn(params, *block)[0], blocks)
+    return logps.reshape(completion_mask.shape)
 
 
 def _policy_objective(experience, replay, logps_fn, loss: LossConfig, update: UpdateConfig):

@@ -20,7 +20,17 @@ from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.models.attention import attend, attend_cache
 from safegrpo_jax.models.experts import ExpertMLP
-from safegrpo_jax.models.layers import INIT_STD, Execution, GatedMLP, Linear, RMSNorm, init_stacks, run_layers, unstack
+from safegrpo_jax.models.layers import (
+    INIT_STD,
+    Execution,
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    init_stacks,
+    run_layers,
+    spread_tokens,
+    unstack,
+)
 from safegrpo_jax.models.rope import contiguous_axes, interleaved_axes, rotate, text_angles
 from safegrpo_jax.types import Array, CacheView, KVCache
 
@@ -157,7 +167,8 @@ class TextDecoder(nnx.Module):
         def body(x, block):
             query, keys, values = block.heads(x, cos, sin)
             attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
-            return block.finish(x, attended, execution), (keys, values) if keep_cache else None
+            x = spread_tokens(block.finish(x, attended, execution))
+            return x, (keys, values) if keep_cache else None
 
         def deepstack_body(x, layer):
             block, features = layer
@@ -165,7 +176,7 @@ class TextDecoder(nnx.Module):
             added = jnp.where(vision_mask[..., None], features[feature_index].astype(x.dtype), 0)
             return x + added, cache
 
-        first = ()
+        first, x = (), spread_tokens(x)
         if self.deepstack_layers is not None:
             x, first = run_layers(deepstack_body, x, (self.deepstack_layers, deepstack), execution)
         x, rest = run_layers(body, x, self.layers, execution)

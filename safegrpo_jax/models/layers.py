@@ -15,9 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from safegrpo_jax.models import attention, grouped
+from safegrpo_jax.models.splash import HEAD_AXIS
+from safegrpo_jax.sharding import BATCH_AXES
 from safegrpo_jax.types import Array
 
 INIT_STD = 0.02  # of tables: embeddings and positions
@@ -145,6 +148,17 @@ def run_layers(
         carry, output = body(carry, layer)
         outputs.append(output)
     return carry, tuple(outputs)
+
+
+def spread_tokens(x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+    """Between blocks, the devices that share a block's heads keep a part of the tokens each. What every layer keeps
+    for the gradient is then as small as if they had shared the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = mesh.shape.get(HEAD_AXIS, 1)
+    if parts == 1 or x.shape[1] % parts:
+        return x
+    rows = tuple(name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1) or None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, HEAD_AXIS))
 
 
 def unstack(tree: Any) -> list[Any]:

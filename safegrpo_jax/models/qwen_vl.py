@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.models.decoder import TextBlock, TextConfig, TextDecoder
@@ -133,7 +134,7 @@ def cast_weights(params: Params, config: QwenVLConfig) -> Params:
     dtype = config.execution.compute_dtype
 
     def copy(path, leaf):
-        return leaf.astype(dtype) if path[-1].key in _MATRIX_NAMES else leaf
+        return jnp.array(leaf, dtype if path[-1].key in _MATRIX_NAMES else leaf.dtype, copy=True)
 
     return jax.tree_util.tree_map_with_path(copy, params)
 
@@ -145,7 +146,18 @@ def init_adapters(config: QwenVLConfig, key: Key) -> Params:
 
 def encode_images(params: Params, images: PackedImages, config: QwenVLConfig) -> VisionFeatures:
     """Vision tokens of all images in packing order, in the compute dtype; those of padding are meaningless."""
-    return _vision(params, config)(images, config.execution)
+    return _vision(gather_vision(params, config), config)(images, config.execution)
+
+
+def gather_vision(params: Params, config: QwenVLConfig) -> Params:
+    """`params` with the vision tower whole on every device of the mesh, its matrices in the compute dtype.
+
+    It is small: to gather it once costs less than to communicate in each of its layers.
+    """
+    vision = cast_weights(params["vision"], config)
+    if not jax.sharding.get_abstract_mesh().empty:
+        vision = jax.lax.with_sharding_constraint(vision, PartitionSpec())
+    return {**params, "vision": vision}
 
 
 def text_hidden(

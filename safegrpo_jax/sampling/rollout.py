@@ -31,8 +31,8 @@ from safegrpo_jax.sampling.decode import (
 )
 from safegrpo_jax.sampling.logits import choose_tokens, gumbel_noise
 from safegrpo_jax.sampling.schedule import Layout, Prefixes, lay_out, slots_to_keep
-from safegrpo_jax.sharding import batch_axis
-from safegrpo_jax.types import Array, ArrayTree, Key, Params, Prompts, Rollouts
+from safegrpo_jax.sharding import batch_axis, replicate
+from safegrpo_jax.types import Array, ArrayTree, Key, Params, Prompts, Rollouts, VisionFeatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,9 @@ class SamplingConfig:
 
     @property
     def column_ladder(self) -> tuple[int, ...]:
-        """Numbers of private columns, ascending. The last token of a rollout is never fed and needs none."""
-        largest = max(1, self.max_new_tokens - 1)
+        """Numbers of private columns, ascending. The last token of a rollout is never fed and needs none, but in other
+        than multiples of 8 a TPU lays the columns out across its tiles and copies the whole cache in every call."""
+        largest = -(-max(1, self.max_new_tokens - 1) // 8) * 8
         return (*(size for size in self.cache_buckets if size < largest), largest)
 
 
@@ -103,11 +104,20 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
+    def features(self) -> VisionFeatures:
+        """Of the vision tokens, in packing order: prompts find those of their shard in their shard."""
+        return VisionFeatures(self.rows, NamedSharding(self.mesh, PartitionSpec(None, self.batch_axes)))
+
+    @property
     def heads(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(self.batch_axes, self.head_axis))
 
     def place_inputs(self, prompts: Prompts, key: Key) -> tuple[Prompts, Key]:
         """Brings a batch from the trainer's mesh: prompts to their shards, images to all devices where they divide."""
+        return jax.device_put((prompts, key), (self.prompt_shardings(prompts), self.replicated))
+
+    def prompt_shardings(self, prompts: Prompts) -> Prompts:
+        """Where `place_inputs` brings each array."""
         everywhere = self.mesh.axis_names if len(prompts.images.patches) % self.mesh.size == 0 else self.batch_axes
         image_rows = NamedSharding(self.mesh, PartitionSpec(everywhere))
 
@@ -116,17 +126,18 @@ class Placement:
                 return image_rows
             return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
 
-        return jax.device_put((prompts, key), (jax.tree_util.tree_map_with_path(place, prompts), self.replicated))
+        return jax.tree_util.tree_map_with_path(place, prompts)
 
     def constrain(self, tree: ArrayTree) -> ArrayTree:
-        """Inside jit: arrays spread over the shards, those of keys and values (four axes) over their heads too,
-        scalars replicated."""
+        """Inside jit: arrays where `shardings` says."""
+        return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
-        def place(leaf):
-            sharding = self.heads if leaf.ndim == 4 else self.rows if leaf.ndim else self.replicated
-            return jax.lax.with_sharding_constraint(leaf, sharding)
-
-        return jax.tree.map(place, tree)
+    def shardings(self, tree: ArrayTree) -> ArrayTree:
+        """Arrays spread over the shards, those of keys and values (four axes) over their heads too, scalars
+        replicated."""
+        return jax.tree.map(
+            lambda leaf: self.heads if leaf.ndim == 4 else self.rows if leaf.ndim else self.replicated, tree
+        )
 
 
 class Sampler:
@@ -154,8 +165,8 @@ class Sampler:
         self._settings = DecodeSettings(
             sampling.group_size, sampling.max_new_tokens, sampling.decode_chunk, tuple(stop_ids)
         )
-        self.constants = jax.device_put((banned_ids_mask, reward_tables), placement.replicated)
-        self.encode = jax.jit(functions.encode)
+        self.constants = replicate((banned_ids_mask, reward_tables), placement.mesh)
+        self.encode = jax.jit(functions.encode, out_shardings=placement.features)
         self.start = jax.jit(self._start, static_argnames="layout")
         self.prefill = jax.jit(self._prefill, donate_argnames="pool")
         self.decode = jax.jit(self._decode, donate_argnames=("state", "private"))
@@ -184,7 +195,7 @@ class Sampler:
         layout = self.layout(len(prompts.record_ids))
         num_rows = layout.num_prompts * self.sampling.group_size
         features = self.encode(params, prompts)
-        state, pool, private, keys = self.start(params, prompts, features, key, layout=layout)
+        state, pool, private, keys = self.start(params, prompts, features, key, self.constants, layout=layout)
         prefixes = Prefixes(layout, self.sampling.group_size)
         num_steps = slot_steps = 0
         while True:
@@ -241,9 +252,9 @@ class Sampler:
         slots = {name: self.keep(getattr(state, name), kept) for name in ("slot_rows", "slot_prefixes", "last_ids")}
         return dataclasses.replace(state, **slots), _map_rings(private, lambda ring: self.shrink(ring, kept))
 
-    def _start(self, params, prompts, features, key, layout):
+    def _start(self, params, prompts, features, key, constants, layout):
         sampling, z = self.sampling, layout.num_shards
-        _, tables = self.constants
+        _, tables = constants
         prefilled = jax.eval_shape(self._functions.prefill, params, prompts, features)
         pool, private = cache_lib.allocate(
             prefilled, z * layout.num_prefixes, z * layout.num_slots, sampling.column_ladder[0]

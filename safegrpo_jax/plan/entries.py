@@ -1,0 +1,257 @@
+"""Every program of a GRPO step as it will be called: the jitted function, its arguments as shapes with shardings, how
+often a step calls it, and what else lies on the devices meanwhile.
+
+The programs are those of `programs.build_programs`, on a mesh whose devices need not exist. Batches have the largest
+shapes that the config allows: the longest prompt and completion, one image of the largest size for each prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from safegrpo_jax import config as config_lib
+from safegrpo_jax.config import Config
+from safegrpo_jax.data.packing import pack_images, smallest_bucket
+from safegrpo_jax.models import hf_config
+from safegrpo_jax.models.qwen_vl import PUBLISHED_SIZES, QwenVLConfig
+from safegrpo_jax.programs import Programs, build_programs
+from safegrpo_jax.rewards.automaton import build_tables
+from safegrpo_jax.sampling.cache import PrivateCache
+from safegrpo_jax.sampling.decode import Queue
+from safegrpo_jax.sampling.rollout import Sampler
+from safegrpo_jax.sharding import batch_axis, batch_sharding, replicate
+from safegrpo_jax.types import ArrayTree, Demonstrations, Labels, PackedImages, Prompts, Rollouts
+
+TYPICAL_SHARE = 4  # completions are taken to be a quarter of max_new_tokens long on average
+STOP_ID = 151645  # <|im_end|>; any id compiles to the same program
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One program. `arguments` are shapes with shardings, `static` its static arguments; it is traced and called under
+    `mesh`. A step makes `calls` calls of it, of `turns` turns of the loop whose turns data decides, where it has one.
+    `resident`: bytes on each device, by name, of what is kept meanwhile and is no argument.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[ArrayTree, ...]
+    static: dict[str, Any]
+    mesh: Mesh
+    calls: float
+    turns: int
+    resident: dict[str, int]
+
+    def trace(self) -> jax.stages.Traced:
+        """The program traced on the shapes of its arguments."""
+        with jax.set_mesh(self.mesh):
+            return self.function.trace(*self.arguments, **self.static)
+
+
+def planned_model(config: Config) -> QwenVLConfig:
+    """The model that a config names, by its size or its folder.
+
+    Raises:
+      ValueError: it names none.
+    """
+    if config.model.path:
+        model = hf_config.read_config(config.model.path)
+        config_lib.check_size(model, config.model)
+    elif config.model.size:
+        model = PUBLISHED_SIZES[config.model.size]
+    else:
+        raise ValueError("--mode=plan needs config.model.size, a published size, or config.model.path, a model folder")
+    return config_lib.executed(model, config.model)
+
+
+def abstract_programs(config: Config, model: QwenVLConfig, mesh: Mesh) -> Programs:
+    """The programs of a run on a mesh of devices that need not exist."""
+    # A tokenizer of single bytes gives as many machine states as any; its classes are fewer, of tables under 1 MB.
+    pieces = [bytes([i]) for i in range(256)]
+
+    def tables(rule_set: str):
+        made = build_tables(config.rewards.rules(rule_set), pieces)
+        made = dataclasses.replace(made, token_class=np.resize(made.token_class, model.text.vocab_size))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), made)
+
+    return build_programs(
+        config,
+        model,
+        mesh,
+        jax.ShapeDtypeStruct((model.text.vocab_size,), bool),
+        (STOP_ID % model.text.vocab_size,),
+        tables(config.rewards.rule_set),
+        tables(config.rewards.other_rule_set),
+    )
+
+
+def list_entries(config: Config, model: QwenVLConfig, programs: Programs) -> list[Entry]:
+    """The programs of one GRPO step in the order of their calls."""
+    mesh = programs.mesh
+    with jax.set_mesh(mesh):
+        params = _placed(programs.abstract_params, programs.param_shardings)
+        state = _placed(jax.eval_shape(programs.init_state["grpo"], params), programs.state_shardings["grpo"])
+        reference = jax.eval_shape(programs.freeze, params)
+        copy = jax.eval_shape(programs.sampler_params, params)
+        prompts = _prompts(config, model, config.train.prompts_per_step, mesh)
+        replay = _replay(config, model, mesh)
+    held = {"policy": params, "optimizer state": state.opt_state, "reference": reference, "prompts": prompts}
+    others = ("optimizer state", "reference", "prompts")
+    copying = Entry("copy", programs.sampler_params, (params,), {}, mesh, 1, 1, _bytes(held, *others))
+    sampler = programs.sampler
+    with jax.set_mesh(sampler.placement.mesh):
+        sampling, rollouts = _sampling_entries(config, sampler, copy, prompts, held)
+    rollouts = _spread(rollouts, mesh)
+    scoring = (params, reference, prompts, rollouts)
+    score = Entry("score", programs.score, scoring, {}, mesh, 1, 1, _bytes(held, "optimizer state"))
+    experience = _spread(score.trace().out_info[0], mesh)
+    held |= {"rollouts": (rollouts.behavior_logps, rollouts.spans)}  # the other fields are also the experience's
+    updating = (state, experience, replay)
+    update = Entry("update", programs.update, updating, {}, mesh, 1, 1, _bytes(held, "reference", "rollouts"))
+    return [copying, *sampling, score, update]
+
+
+def _sampling_entries(
+    config: Config, sampler: Sampler, copy: ArrayTree, prompts: Prompts, held: dict[str, ArrayTree]
+) -> tuple[list[Entry], Rollouts]:
+    """The sampler's programs with the largest caches, and the shapes of what they make. `copy`: its parameters."""
+    settings, placement, mesh = config.sampling, sampler.placement, sampler.placement.mesh
+    num_prompts = config.train.prompts_per_step
+    layout, constants = sampler.layout(num_prompts), sampler.constants
+    own_prompts = _placed(prompts, placement.prompt_shardings(prompts))
+    features = jax.eval_shape(sampler.encode, copy, own_prompts)
+    starting = (copy, own_prompts, features, replicate(jax.eval_shape(lambda: jax.random.key(0)), mesh), constants)
+    started = jax.eval_shape(lambda *arguments: sampler.start(*arguments, layout=layout), *starting)
+    state, pool, private, keys = _placed(started, placement.shardings(started))
+    private = _with_columns(private, settings.column_ladder[-1])
+    index = _ints(layout.num_shards, layout.num_prefills)
+    queue = Queue(_ints(layout.num_shards), _ints(layout.num_shards, layout.num_prompts))
+    held = held | {
+        "sampler's prompts": own_prompts,
+        "features": features,
+        "prefixes": pool,
+        "private columns": private,
+        "rollouts in work": state,
+    }
+    trained = ("policy", "optimizer state", "reference", "prompts")
+    prefill_calls = -(-num_prompts // (layout.num_shards * layout.num_prefills))
+    num_tokens = num_prompts * settings.group_size * settings.max_new_tokens / TYPICAL_SHARE
+    decode_steps = num_tokens / (layout.num_shards * layout.num_slots)
+
+    def entry(name, *arguments, calls=1, turns=1, beside=(), **static):
+        resident = _bytes(held, *trained, *beside)
+        return Entry(name, getattr(sampler, name), arguments, static, mesh, calls, turns, resident)
+
+    entries = [
+        entry("encode", copy, own_prompts),
+        entry("start", *starting, layout=layout),
+        entry(
+            "prefill", copy, own_prompts, features, index, index, pool,
+            calls=prefill_calls, beside=("private columns", "rollouts in work"),
+        ),
+        entry(
+            "decode", copy, state, private, pool, queue, keys, constants,
+            calls=decode_steps / settings.decode_chunk,
+            turns=settings.decode_chunk,
+            beside=("sampler's prompts", "features"),
+        ),
+        entry(
+            "finish", state, constants,
+            beside=("sampler's prompts", "features", "prefixes", "private columns"),
+        ),
+    ]  # fmt: skip
+    return entries, jax.eval_shape(sampler.finish, state, constants)
+
+
+def _bytes(held: dict[str, ArrayTree], *names: str) -> dict[str, int]:
+    return {name: bytes_per_device(held[name]) for name in names}
+
+
+def bytes_per_device(tree: ArrayTree) -> int:
+    """Bytes of the largest shards of `tree`, of shapes with shardings."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _itemsize(dtype) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+
+
+def _replay(config: Config, model: QwenVLConfig, mesh: Mesh) -> Demonstrations | None:
+    if not config.train.replay_batch:
+        return None
+    rows, length = config.train.replay_batch, config.processor.completion_buckets[-1]
+    prompts = _prompts(config, model, rows, mesh)
+    tokens = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, bool))
+    return _spread(Demonstrations(prompts, *tokens), mesh)
+
+
+def _prompts(config: Config, model: QwenVLConfig, num_prompts: int, mesh: Mesh) -> Prompts:
+    settings = config.processor
+    length, num_blocks = settings.prompt_buckets[-1], config_lib.num_blocks(config)
+    largest = settings.max_pixels // settings.patch_size**2
+    row_size = smallest_bucket(settings.patch_buckets, largest)
+    rows = num_blocks * pack_images([[largest]] * num_prompts, num_blocks, row_size)[1]
+
+    def shape(*sizes, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    by_prompt = (num_prompts, length)
+    return _spread(
+        Prompts(
+            prompt_ids=shape(*by_prompt),
+            prompt_mask=shape(*by_prompt, dtype=bool),
+            positions=shape(3, *by_prompt),
+            rope_delta=shape(num_prompts),
+            vision_mask=shape(*by_prompt, dtype=bool),
+            feature_index=shape(*by_prompt),
+            record_ids=shape(num_prompts),
+            images=PackedImages(
+                patches=shape(rows, row_size, model.vision.patch_values, dtype=jnp.float32),
+                patch_pos=shape(rows, row_size, 2),
+                tap_ids=shape(rows, row_size, 4),
+                tap_weights=shape(rows, row_size, 4, dtype=jnp.float32),
+                segment_ids=shape(rows, row_size),
+            ),
+            labels=Labels(
+                *(shape(num_prompts) for _ in range(3)),
+                shape(num_prompts, dtype=bool),
+                shape(num_prompts) if config.rewards.anchor_answers else None,
+            ),
+        ),
+        mesh,
+    )
+
+
+def _spread(tree: ArrayTree, mesh: Mesh) -> ArrayTree:
+    """A batch of shapes where `sharding.shard_batch` puts its arrays."""
+
+    def place(path, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh, batch_axis(path)))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _placed(tree: ArrayTree, shardings: ArrayTree) -> ArrayTree:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
+
+
+def _with_columns(private: PrivateCache, num_columns: int) -> PrivateCache:
+    def widen(ring):
+        return jax.ShapeDtypeStruct((*ring.shape[:2], num_columns, ring.shape[3]), ring.dtype, sharding=ring.sharding)
+
+    return PrivateCache(*(tuple(map(widen, rings)) for rings in (private.keys, private.values)), private.column)
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
