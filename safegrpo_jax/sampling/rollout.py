@@ -32,7 +32,7 @@ from safegrpo_jax.sampling.decode import (
 from safegrpo_jax.sampling.logits import choose_tokens, gumbel_noise
 from safegrpo_jax.sampling.schedule import Layout, Prefixes, lay_out, slots_to_keep
 from safegrpo_jax.sharding import batch_axis, replicate
-from safegrpo_jax.types import Array, ArrayTree, Key, Params, Prompts, Rollouts, VisionFeatures
+from safegrpo_jax.types import Array, ArrayTree, Key, Params, Prompts, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +104,6 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def features(self) -> VisionFeatures:
-        """Of the vision tokens, in packing order: prompts find those of their shard in their shard."""
-        return VisionFeatures(self.rows, NamedSharding(self.mesh, PartitionSpec(None, self.batch_axes)))
-
-    @property
     def heads(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(self.batch_axes, self.head_axis))
 
@@ -121,12 +116,18 @@ class Placement:
         everywhere = self.mesh.axis_names if len(prompts.images.patches) % self.mesh.size == 0 else self.batch_axes
         image_rows = NamedSharding(self.mesh, PartitionSpec(everywhere))
 
+        def place(path, sharding):
+            return image_rows if path[0].name == "images" else sharding
+
+        return jax.tree_util.tree_map_with_path(place, self.batch_shardings(prompts))
+
+    def batch_shardings(self, tree: ArrayTree) -> ArrayTree:
+        """Batch axes spread over the shards: of prompts, and of their images' features, which follow them."""
+
         def place(path, leaf):
-            if path[0].name == "images":
-                return image_rows
             return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
 
-        return jax.tree_util.tree_map_with_path(place, prompts)
+        return jax.tree_util.tree_map_with_path(place, tree)
 
     def constrain(self, tree: ArrayTree) -> ArrayTree:
         """Inside jit: arrays where `shardings` says."""
@@ -153,7 +154,7 @@ class Sampler:
         functions: ModelFunctions,
         sampling: SamplingConfig,
         placement: Placement,
-        banned_ids_mask: Bool[Array, "v"],
+        banned_ids_mask: Bool[Array | jax.ShapeDtypeStruct, "v"],
         stop_ids: tuple[int, ...],
         reward_tables: ArrayTree,
         output_rows: NamedSharding | None = None,
@@ -166,7 +167,7 @@ class Sampler:
             sampling.group_size, sampling.max_new_tokens, sampling.decode_chunk, tuple(stop_ids)
         )
         self.constants = replicate((banned_ids_mask, reward_tables), placement.mesh)
-        self.encode = jax.jit(functions.encode, out_shardings=placement.features)
+        self.encode = jax.jit(self._encode)
         self.start = jax.jit(self._start, static_argnames="layout")
         self.prefill = jax.jit(self._prefill, donate_argnames="pool")
         self.decode = jax.jit(self._decode, donate_argnames=("state", "private"))
@@ -251,6 +252,10 @@ class Sampler:
             return state, private
         slots = {name: self.keep(getattr(state, name), kept) for name in ("slot_rows", "slot_prefixes", "last_ids")}
         return dataclasses.replace(state, **slots), _map_rings(private, lambda ring: self.shrink(ring, kept))
+
+    def _encode(self, params, prompts):
+        features = self._functions.encode(params, prompts)
+        return jax.lax.with_sharding_constraint(features, self.placement.batch_shardings(features))
 
     def _start(self, params, prompts, features, key, constants, layout):
         sampling, z = self.sampling, layout.num_shards
