@@ -301,9 +301,13 @@ def validate(config: Config) -> None:
     if config.model.size and config.model.size not in PUBLISHED_SIZES:
         known = suggestion(config.model.size, PUBLISHED_SIZES)
         raise ValueError(f"config.model.size={config.model.size!r}: no such published model{known}")
-    if config.model.lora.rank and not (config.model.path or config.model.size):
+    lora, supervised = config.model.lora, config.pretrain.num_steps or config.cold_start.num_steps
+    if lora.rank and not (config.model.path or config.model.size):
+        raise ValueError(f"config.model.lora.rank={lora.rank} adapts a trained model: set config.model.path, or rank 0")
+    if lora.rank and lora.vision_projections and config.model.freeze_vision and not supervised:
         raise ValueError(
-            f"config.model.lora.rank={config.model.lora.rank} adapts a trained model: set config.model.path, or rank 0"
+            f"config.model.lora.vision_projections={lora.vision_projections} would never be trained, since "
+            "freeze_vision=True keeps the vision tower as it is: set one of the two otherwise"
         )
     if bool(config.loss.replay_weight) != bool(config.train.replay_batch):
         raise ValueError("config.loss.replay_weight and config.train.replay_batch go together: set both, or neither")
@@ -338,12 +342,11 @@ def _validate_packing(config: Config) -> None:
         return
     if packing.row_len < longest:
         raise ValueError(
-            f"config.packing.row_len={packing.row_len} must hold the longest rollout: processor.prompt_buckets[-1] + "
-            f"sampling.max_new_tokens = {longest}"
+            f"config.packing.row_len={packing.row_len} must hold the longest prompt and completion, {longest}"
         )
     if packing.rows % config.mesh.data_parallel:
         raise ValueError(
-            f"config.packing.rows={packing.rows} must be a multiple of data x fsdp = {config.mesh.data_parallel}"
+            f"config.packing.rows={packing.rows}: use a multiple of data x fsdp {config.mesh.data_parallel}"
         )
     if config.loss.normalizer != "global":
         raise ValueError("config.loss.normalizer='micro' is not defined for packed rows: set 'global', or row_len to 0")

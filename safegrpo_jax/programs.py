@@ -8,7 +8,6 @@ baked into an executable. Donation: updates consume their state.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,11 +20,11 @@ from jaxtyping import Bool, Float
 from safegrpo_jax.config import Config
 from safegrpo_jax.grpo.advantages import group_advantages, per_rule_advantages, spread_over_spans
 from safegrpo_jax.grpo.loss import kl_estimate
-from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
+from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer, merge_trainable, select_trainable
 from safegrpo_jax.grpo.update import logps_in_blocks, packed_logps, update_policy, update_supervised
 from safegrpo_jax.masked import masked_sum
 from safegrpo_jax.models import qwen_vl
-from safegrpo_jax.models.lora import adapter_mask
+from safegrpo_jax.models.lora import trainable_mask
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.policy import make_logps_fn, model_functions
 from safegrpo_jax.rewards import spans as reward_spans
@@ -48,6 +47,7 @@ from safegrpo_jax.sharding import (
     param_shardings,
     regroup,
     replicate,
+    state_shardings,
 )
 from safegrpo_jax.types import (
     Array,
@@ -72,12 +72,13 @@ class Programs:
 
     `sampler_params(params)` are parameters as sampling wants them: matrices in the compute dtype, laid out for
     decoding. `sampler.generate(sampler_params, prompts, key)` samples groups as GRPO trains on them,
-    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` copies a reference policy, its matrices
-    in the compute dtype. `score(params, reference_params, prompts, rollouts, packing, kl_coefficient)` gives the
-    Experience, the rewards and their metrics; `grade(rollouts, labels of the prompts)` the rewards alone.
-    `update(state, experience, replay, packing)` is one GRPO step, `supervised[stage](state, demonstrations)` one of
-    "pretrain" or "cold_start". `packing` is None for padded rows. `init_state[stage](params)` makes the TrainState of a
-    stage. Both updates and `init_state` consume their first argument.
+    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` is the reference policy: copies of the
+    leaves that GRPO trains, matrices in the compute dtype, None for those that it shares with the policy.
+    `score(params, reference, prompts, rollouts, packing, kl_coefficient)` gives the Experience, the rewards and their
+    metrics; `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay, packing)`
+    is one GRPO step, `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start". `packing` is None
+    for padded rows. `init_state[stage](params)` makes the TrainState of a stage. Both updates and `init_state` consume
+    their first argument.
     """
 
     mesh: Mesh
@@ -85,11 +86,11 @@ class Programs:
     param_shardings: ArrayTree
     init_params: Callable[[Key], Params]
     sampler_params: Callable[[Params], Params]
-    freeze: Callable[[Params], Params]
+    freeze: Callable[[Params], ArrayTree]
     sampler: Sampler
     greedy_sampler: Sampler
     grade: Callable[[Rollouts, Labels], Rewards]
-    score: Callable[[Params, Params, Prompts, Rollouts, Packing | None, Array], tuple[Experience, Rewards, Metrics]]
+    score: Callable[[Params, ArrayTree, Prompts, Rollouts, Packing | None, Array], tuple[Experience, Rewards, Metrics]]
     update: Callable[[TrainState, Experience, Demonstrations | None, Packing | None], tuple[TrainState, Metrics]]
     supervised: dict[str, Callable[[TrainState, Demonstrations], tuple[TrainState, Metrics]]]
     init_state: dict[str, Callable[[Params], TrainState]]
@@ -106,16 +107,6 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
         "rollout/truncated_fraction": rollouts.truncated.astype(jnp.float32).mean(),
         "rollout/refusal_fraction": rollouts.spans.refusal.astype(jnp.float32).mean(),
     }
-
-
-def trainable_mask(abstract_params: Params, freeze_vision: bool) -> ArrayTree:
-    """True for every parameter that a stage trains: the adapters where there are any, else all of them."""
-    mask = adapter_mask(abstract_params)
-    if not any(jax.tree.leaves(mask)):
-        mask = jax.tree.map(lambda _: True, abstract_params)
-    if freeze_vision:
-        mask["vision"] = jax.tree.map(lambda _: False, mask["vision"])
-    return mask
 
 
 def build_programs(
@@ -160,7 +151,7 @@ def build_programs(
         param_shardings=shardings,
         init_params=jax.jit(lambda key: qwen_vl.init_params(model, key), out_shardings=shardings),
         sampler_params=_build_sampler_params(model, param_shardings(abstract, sampling_mesh, config=config.sharding)),
-        freeze=jax.jit(functools.partial(qwen_vl.cast_weights, config=model), out_shardings=shardings),
+        freeze=_build_freeze(config, model, shardings),
         sampler=build_sampler(config.sampling),
         greedy_sampler=build_sampler(greedy),
         grade=_build_grade(config),
@@ -193,6 +184,16 @@ def _build_sampler_params(model: QwenVLConfig, layout: ArrayTree) -> Callable[[P
         return jax.tree_util.tree_map_with_path(move, qwen_vl.cast_weights(params, model), layout)
 
     return jax.jit(sampler_params, out_shardings=layout)
+
+
+def _build_freeze(config: Config, model: QwenVLConfig, shardings: ArrayTree) -> Callable[[Params], ArrayTree]:
+    mask = trainable_mask(shardings, config.model.freeze_vision)
+    if config.loss.kl_estimator == "none":  # nothing will read it
+        mask = jax.tree.map(lambda _: False, mask)
+    return jax.jit(
+        lambda params: select_trainable(qwen_vl.cast_weights(params, model), mask),
+        out_shardings=select_trainable(shardings, mask),
+    )
 
 
 class _Stage(NamedTuple):
@@ -236,7 +237,7 @@ def _build_stage(
             kl_coefficient=jnp.asarray(kl_coefficient, jnp.float32),
         )
 
-    shardings = _state_shardings(jax.eval_shape(init, abstract_params), params_sharding, replicated)
+    shardings = state_shardings(jax.eval_shape(init, abstract_params), params_sharding, replicated)
     return _Stage(optimizer, trainable, jax.jit(init, out_shardings=shardings, donate_argnums=0), shardings)
 
 
@@ -300,7 +301,7 @@ def _policy_logps(config: Config, model: QwenVLConfig, banned: Bool[Array, "v"],
 def _build_score(config: Config, model: QwenVLConfig, mesh: Mesh) -> Callable:
     loss, sampling = config.loss, config.sampling
 
-    def score(params, reference_params, prompts, rollouts, packing, kl_coefficient, banned, other_tables):
+    def score(params, reference, prompts, rollouts, packing, kl_coefficient, banned, other_tables):
         mask = rollouts.completion_mask
         tokens = (prompts, rollouts.completion_ids, mask)
         logps_fn = _policy_logps(config, model, banned, freeze_vision=True)
@@ -317,7 +318,7 @@ def _build_score(config: Config, model: QwenVLConfig, mesh: Mesh) -> Callable:
         # What the loss does not read is not computed at all.
         reference_logps = proximal_logps = rollouts.behavior_logps
         if loss.kl_estimator != "none":
-            reference_logps = logps_under(reference_params)
+            reference_logps = logps_under(merge_trainable(reference, params))
         if loss.ratio_anchor == "proximal":
             proximal_logps = logps_under(params)
         returns = rewards
@@ -389,32 +390,3 @@ def _head_axis(config: Config, model: QwenVLConfig) -> str | None:
     axis = config.sharding.kv_heads
     parts = config.mesh.sampling_axis_sizes[axis] if axis else 1
     return axis if parts > 1 and model.text.num_kv_heads % parts == 0 else None
-
-
-def _state_shardings(state: TrainState, params_sharding: ArrayTree, replicated: NamedSharding) -> ArrayTree:
-    """Moments are sharded like their parameters; counters, and moments of another shape (factors), are replicated.
-
-    A moment is recognised by its path, which ends in the path of its parameter.
-    """
-    shapes = jax.tree.leaves(state.params)
-    by_path = {
-        _names(path): (shape.shape, sharding)
-        for (path, sharding), shape in zip(
-            jax.tree_util.tree_flatten_with_path(params_sharding)[0], shapes, strict=True
-        )
-    }
-    longest = max(map(len, by_path))
-
-    def choose(path, leaf):
-        names = _names(path)
-        for length in range(min(len(names), longest), 0, -1):
-            shape, sharding = by_path.get(names[-length:], (None, None))
-            if shape == leaf.shape:
-                return sharding
-        return replicated
-
-    return jax.tree_util.tree_map_with_path(choose, state)
-
-
-def _names(path) -> tuple[str, ...]:
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

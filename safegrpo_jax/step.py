@@ -20,13 +20,13 @@ from safegrpo_jax.data.records import Record
 from safegrpo_jax.evaluation.rows import rollout_rows
 from safegrpo_jax.metrics import StageTimer, save_image, write_rollouts
 from safegrpo_jax.run import Run
-from safegrpo_jax.types import Params, Prompts, Rewards, Rollouts, TrainState
+from safegrpo_jax.types import ArrayTree, Params, Prompts, Rewards, Rollouts, TrainState
 
 
 def grpo_step(
     run: Run,
     state: TrainState,
-    reference_params: Params,
+    reference: ArrayTree,
     records: Sequence[Record],
     replay_records: Sequence[Record] | None,
     key: jax.Array,
@@ -45,7 +45,7 @@ def grpo_step(
     with timer("score"):
         packing, token_stats = run.pack(prompts, rollouts)
         experience, rewards, stats = jax.block_until_ready(
-            run.programs.score(state.params, reference_params, prompts, rollouts, packing, state.kl_coefficient)
+            run.programs.score(state.params, reference, prompts, rollouts, packing, state.kl_coefficient)
         )
     advantages = experience.advantages
     if step % run.config.train.dump_rollouts_every == 0 or step == run.config.train.num_steps:

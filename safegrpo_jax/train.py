@@ -109,15 +109,19 @@ def _run_supervised(
 
 
 def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.StopRequest) -> Params:
-    """Parameters after GRPO from `params`, which are consumed; a copy of them is the fixed policy of the KL term."""
+    """Parameters after GRPO. Consumes `params`, its start and the fixed policy of the KL term."""
     settings = run.config.train
     if not settings.num_steps:
         return params
     if finished := run.store.finished("grpo"):
         return run.store.restore_params(finished, _abstract_params(run))
-    reference_params = run.programs.freeze(params)
-    state = _resume(run, "grpo") or run.programs.init_state["grpo"](params)
-    jax.tree.map(lambda leaf: leaf.delete(), params)  # a resumed run has not consumed them
+    reference = run.programs.freeze(params)
+    if run.store.steps("grpo"):
+        for leaf in jax.tree.leaves(params):  # the state brings its own: frozen leaves are held once
+            leaf.delete()
+        state = _resume(run, "grpo")
+    else:
+        state = run.programs.init_state["grpo"](params)
     start = int(state.step)
     data = stream(run, "grpo", run.records["train"], settings.prompts_per_step, start)
     replay = None
@@ -129,7 +133,7 @@ def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.S
         state, metrics = grpo_step(
             run,
             state,
-            reference_params,
+            reference,
             next(data),
             next(replay) if replay else None,
             jax.random.fold_in(run_key, step),

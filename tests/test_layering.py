@@ -14,7 +14,7 @@ LEVELS = {
     "data.records": 1, "data.safetag_vl": 1, "data.pictograms": 1, "data.pictogram_drawing": 1,
     "data.demo_tokenizer": 1,
     "rewards.automaton": 1, "rewards.spans": 1, "sampling.logits": 1,
-    "data.images": 1, "data.packing": 1, "data.pictogram_world": 1, "data.pictogram_shapes": 1,
+    "data.cache": 1, "data.images": 1, "data.packing": 1, "data.pictogram_world": 1, "data.pictogram_shapes": 1,
     "models.layers": 1, "models.experts": 1, "models.splash": 1, "rewards.patterns": 1, "rewards.machines": 1,
     "models.vision": 2, "models.windowed_vision": 2, "models.lora": 2, "models.decoder": 2,
     "data.chat": 2, "data.processor": 2, "data.sources": 2, "rewards.rules": 2,

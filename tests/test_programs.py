@@ -76,6 +76,9 @@ def test_proximal_logps_are_those_of_the_policy_in_training(rollout_batch):
     experience, _ = score(rollout_batch, ratio_anchor="proximal")
     np.testing.assert_allclose(experience.proximal_logps[mask], rollouts.behavior_logps[mask], atol=SAME_PASS)
     assert np.abs(experience.reference_logps - experience.proximal_logps)[mask].max() > 100 * SAME_PASS
+    run, params = rollout_batch[:2]
+    no_reference = dataclasses.replace(run.config, loss=LossConfig(kl_estimator="none", kl_coefficient=0.0))
+    assert not jax.tree.leaves(run_lib.build_run(no_reference, run.workdir, ()).programs.freeze(params))
     unread, _ = score(rollout_batch, kl_estimator="none", kl_coefficient=0.0)
     np.testing.assert_array_equal(unread.proximal_logps, rollouts.behavior_logps)
     np.testing.assert_array_equal(unread.reference_logps, rollouts.behavior_logps)

@@ -133,7 +133,7 @@ def cast_weights(params: Params, config: QwenVLConfig) -> Params:
     dtype = config.execution.compute_dtype
 
     def copy(path, leaf):
-        return leaf.astype(dtype) if path[-1].key in _MATRIX_NAMES else leaf
+        return jnp.array(leaf, dtype if path[-1].key in _MATRIX_NAMES else leaf.dtype, copy=True)
 
     return jax.tree_util.tree_map_with_path(copy, params)
 

@@ -121,7 +121,7 @@ def main(rounds: int = 5) -> None:
         params = hf_weights.load(Path(folder) / "model", CONFIG)
     skewed = skewed_lengths()
     cases = {
-        "equal": (EQUAL_LENGTHS, SamplingConfig(GROUP, 128, cache_buckets=(32, 64))),
+        "equal": (EQUAL_LENGTHS, SamplingConfig(GROUP, 128, decode_chunk=128, cache_buckets=(32, 64, 96))),
         "skewed": (
             skewed,
             SamplingConfig(
