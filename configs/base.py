@@ -27,6 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.scan_layers = True
     config.model.logits_chunk = 512  # tokens whose logits exist at a time
     config.model.attention = "reference"  # "splash" on a TPU
+    config.model.experts = "ragged_dot"  # of a mixture: "megablox" on a TPU
     config.model.lora = ConfigDict()
     config.model.lora.rank = 0  # 0 trains the weights themselves, else adapters of this rank
     config.model.lora.alpha = 16.0

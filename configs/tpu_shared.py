@@ -23,6 +23,7 @@ def get_config(size: str, name: str) -> ConfigDict:
     config.mesh.platform = "tpu"
     config.model.size = SIZES[size]
     config.model.attention = "splash"
+    config.model.experts = "megablox"  # read by a mixture only
     config.model.logits_chunk = 128  # of 8 rollouts: their logits over the vocabulary are the largest array
     config.sampling.decode_chunk = 64
     config.sampling.cache_buckets = (1024, 2048)

@@ -26,7 +26,7 @@ from safegrpo_jax.grpo.loss import LossConfig
 from safegrpo_jax.grpo.optimizer import OptimizerConfig
 from safegrpo_jax.grpo.packing import PackingConfig
 from safegrpo_jax.grpo.update import UpdateConfig
-from safegrpo_jax.models.attention import IMPLEMENTATIONS
+from safegrpo_jax.models import attention, grouped
 from safegrpo_jax.models.lora import LoraConfig
 from safegrpo_jax.models.qwen_vl import PUBLISHED_SIZES, QwenVLConfig
 from safegrpo_jax.rewards.compose import RewardConfig
@@ -61,8 +61,8 @@ class ModelConfig:
     `qwen_vl.PUBLISHED_SIZES` that the folder must hold; enough for --mode=plan, which needs no folder.
     `compute_dtype`: of activations; parameters are float32. `freeze_vision`: GRPO leaves the vision tower as it is; the
     supervised stages train it. `logits_chunk`: tokens whose logits exist at a time in log-probabilities, 0 for all.
-    `attention`: "reference", or on a TPU "splash". `lora`: train adapters of a checkpoint's projections instead of its
-    weights.
+    `attention`: "reference", or on a TPU "splash". `experts`, of a mixture: "ragged_dot", or on a TPU "megablox".
+    `lora`: train adapters of a checkpoint's projections instead of its weights.
     """
 
     path: str = ""
@@ -73,6 +73,7 @@ class ModelConfig:
     scan_layers: bool = False
     logits_chunk: int = 0
     attention: str = "reference"
+    experts: str = "ragged_dot"
     lora: LoraConfig = LoraConfig()
     small: SmallModelConfig = SmallModelConfig()
 
@@ -295,9 +296,10 @@ def validate(config: Config) -> None:
         raise ValueError(f"config.data.on_bad_row={config.data.on_bad_row!r}: use 'raise' or 'skip'")
     if config.model.compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"config.model.compute_dtype={config.model.compute_dtype!r}: use 'float32' or 'bfloat16'")
-    if config.model.attention not in IMPLEMENTATIONS:
-        known = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"config.model.attention={config.model.attention!r}: use one of {known}")
+    for key, allowed in (("attention", attention.IMPLEMENTATIONS), ("experts", grouped.IMPLEMENTATIONS)):
+        value = getattr(config.model, key)
+        if value not in allowed:
+            raise ValueError(f"config.model.{key}={value!r}: use one of {', '.join(map(repr, allowed))}")
     if config.model.size and config.model.size not in PUBLISHED_SIZES:
         known = suggestion(config.model.size, PUBLISHED_SIZES)
         raise ValueError(f"config.model.size={config.model.size!r}: no such published model{known}")
@@ -356,6 +358,7 @@ def executed(model: QwenVLConfig, settings: ModelConfig) -> QwenVLConfig:
         scan_layers=settings.scan_layers,
         remat=settings.remat,
         attention=settings.attention,
+        experts=settings.experts,
         lora=settings.lora,
     )
 

@@ -32,7 +32,10 @@ def grpo_step(
     key: jax.Array,
     step: int,
 ) -> tuple[TrainState, dict[str, float]]:
-    """One step: sample groups, score them, update. Returns the new state and the step's metrics."""
+    """One step: sample groups, score them, update. Returns the new state and the step's metrics.
+
+    `reference` is the fixed policy of the KL term, as `programs.freeze` gives it.
+    """
     timer = StageTimer()
     num_blocks = config_lib.num_blocks(run.config)
     with timer("encode"):

@@ -99,7 +99,8 @@ def _run_supervised(
         reads = any(step % every == 0 for every in (settings.log_every, settings.checkpoint_every, settings.num_steps))
         stopping = stop.agreed(waits=reads)
         if reads or stopping:  # what is saved is finite
-            metrics = drop_broken(jax.device_get(metrics), stage, step, run.config.train.max_skipped_steps)
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            metrics = drop_broken(metrics, stage, step, run.config.train.max_skipped_steps)
             writer.write(stage, step, metrics)
             progress.update(step, {"loss": metrics.get("supervised/loss", float("nan"))})
         _save_or_stop(run, stage, step, state, settings.checkpoint_every, stopping, progress)

@@ -155,7 +155,7 @@ def check_adapters(run, model_folder):
     assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(opt_state)) == 2 * num_adapters
 
     prompts = run.prompts(run.records["train"][:8], 8)
-    rollouts, _ = run.programs.sampler.generate(trained, prompts, jax.random.key(0))
+    rollouts, _ = run.programs.sampler.generate(run.programs.sampler_params(trained), prompts, jax.random.key(0))
     experience, _, _ = run.programs.score(trained, reference, prompts, rollouts, None, np.zeros((), np.float32))
     base = dataclasses.replace(run.model, lora=lora.LoraConfig())
     logps_fn = programs.make_logps_fn(base, run_lib.banned_ids(run.processor, base), 1.0, 0, freeze_vision=True)

@@ -72,10 +72,10 @@ def _attend_reference(query, keys, values, segment_ids, prefix_ids, causal):
 
 def attend_cache(
     query: Float[Array, "n h e"],
-    prefix_keys: Float[Array, "b k p e"],
+    prefix_keys: Float[Array, "b k e p"],
     prefix_values: Float[Array, "b k p e"],
     prefix_mask: Bool[Array, "b p"],
-    private_keys: Float[Array, "n k s e"],
+    private_keys: Float[Array, "n k e s"],
     private_values: Float[Array, "n k s e"],
     view: CacheView,
 ) -> Float[Array, "n h e"]:
@@ -91,14 +91,16 @@ def attend_cache(
     take = jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"))
 
     seated = take(query.reshape(z, n // z, h, e), view.slot_of_seat).reshape(b, g, k, r, e).swapaxes(1, 2)
-    prefix = _attend_part(seated.reshape(b, k, g * r, e), prefix_keys, prefix_values, prefix_mask[:, None, None])
+    scores = _score("nkqe,nkes->nkqs", seated.reshape(b, k, g * r, e), prefix_keys)
+    prefix = _attend_part(scores, prefix_values, prefix_mask[:, None, None])
     prefix = prefix.reshape(b, k, g, r, e + 2).swapaxes(1, 2).reshape(z, b // z * g, k, r, e + 2)
     prefix = take(prefix, view.seat_of_slot).reshape(n, k, r, e + 2)
 
-    columns = private_keys.shape[2]
+    columns = private_keys.shape[3]
     age = (view.column - jnp.arange(columns)) % columns
     visible = age < view.private_len[:, None]
-    private = _attend_part(query.reshape(n, k, r, e), private_keys, private_values, visible[:, None, None])
+    scores = _score("nkqe,nkes->nkqs", query.reshape(n, k, r, e), private_keys)
+    private = _attend_part(scores, private_values, visible[:, None, None])
     return _merge_parts(prefix, private).reshape(n, h, e).astype(query.dtype)
 
 
@@ -119,10 +121,11 @@ def attend_continuations(
     g, r = n // b, h // k
     grouped = query.reshape(n, k, r * c, e)
     by_prompt = grouped.reshape(b, g, k, r * c, e).swapaxes(1, 2).reshape(b, k, g * r * c, e)
-    prefix = _attend_part(by_prompt, prefix_keys, prefix_values, prefix_mask[:, None, None])
+    scores = _score("nkqe,nkse->nkqs", by_prompt, prefix_keys)
+    prefix = _attend_part(scores, prefix_values, prefix_mask[:, None, None])
     prefix = prefix.reshape(b, k, g, r * c, e + 2).swapaxes(1, 2).reshape(n, k, r * c, e + 2)
     causal = jnp.tile(jnp.tri(c, dtype=bool), (r, 1))
-    own = _attend_part(grouped, keys, values, mask[:, None, None] & causal)
+    own = _attend_part(_score("nkqe,nkse->nkqs", grouped, keys), values, mask[:, None, None] & causal)
     return _merge_parts(prefix, own).reshape(n, h, c, e).astype(values.dtype)
 
 
@@ -136,10 +139,15 @@ def _merge_parts(first, second):
     return summed / total[..., None]
 
 
-def _attend_part(query, keys, values, visible):
-    """Attention [n k q e] over one part of the keys, not yet normalised, joined on the last axis by the highest
-    score and the sum of the exponentials: [n k q e+2] float32. `visible` broadcasts against [n k q s]."""
-    scores = jnp.einsum("nkqe,nkse->nkqs", query, keys, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+def _score(subscripts, query, keys):
+    return jnp.einsum(subscripts, query, keys, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+
+
+def _attend_part(scores, values, visible):
+    """Attention [n k q e] over one part of the keys, from its scores [n k q s], not yet normalised, joined on the last
+    axis by the highest score and the sum of the exponentials: [n k q e+2] float32. `visible` broadcasts against the
+    scores.
+    """
     scores = jnp.where(visible, scores, MASKED_SCORE)
     # The result does not depend on it: without a gradient of its own it costs none.
     highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))

@@ -99,9 +99,10 @@ class TextBlock(nnx.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.has_experts = config.num_experts > 0
         self.mlp = (
             ExpertMLP(config.width, config.expert_width, config.num_experts, config.experts_per_token, rngs)
-            if config.num_experts
+            if self.has_experts
             else GatedMLP(config.width, config.mlp_width, bias=False, rngs=rngs)
         )
 
@@ -116,12 +117,16 @@ class TextBlock(nnx.Module):
         query, keys = query.swapaxes(1, 2), keys.swapaxes(1, 2)
         return rotate(query, cos, sin), rotate(keys, cos, sin), self.v(x).swapaxes(1, 2)
 
-    def finish(self, x: Float[Array, "n t d"], attended: Float[Array, "n h t e"]) -> Float[Array, "n t d"]:
+    def finish(
+        self, x: Float[Array, "n t d"], attended: Float[Array, "n h t e"], execution: Execution
+    ) -> Float[Array, "n t d"]:
         """The block's output from its input and the attention output."""
         shape = x.shape
         # One long axis of tokens: contracting two axes in the weight gradients costs a sixth of a CPU step.
         x = (x + self.o(attended.swapaxes(1, 2))).reshape(-1, shape[-1])
-        return (x + self.mlp(self.mlp_norm(x))).reshape(shape)
+        y = self.mlp_norm(x)
+        y = self.mlp(y, execution.experts) if self.has_experts else self.mlp(y)
+        return (x + y).reshape(shape)
 
 
 class TextDecoder(nnx.Module):
@@ -171,7 +176,8 @@ class TextDecoder(nnx.Module):
                 implementation=execution.attention,
                 prefix_ids=prefix_ids,
             )
-            return spread_tokens(block.finish(x, attended)), (keys, values) if keep_cache else None
+            x = spread_tokens(block.finish(x, attended, execution))
+            return x, (keys, values) if keep_cache else None
 
         def deepstack_body(x, layer):
             block, features = layer
@@ -209,7 +215,8 @@ class TextDecoder(nnx.Module):
             attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
             own = block.heads(y, y_cos, y_sin)
             continued = attend_continuations(*own, y_mask, keys, values, mask)
-            return (spread_tokens(block.finish(x, attended)), spread_tokens(block.finish(y, continued))), None
+            x, y = block.finish(x, attended, execution), block.finish(y, continued, execution)
+            return (spread_tokens(x), spread_tokens(y)), None
 
         def deepstack_body(carry, layer):
             block, features = layer
@@ -245,9 +252,11 @@ class TextDecoder(nnx.Module):
         private_keys, private_values = [], []
         for index, block in enumerate(self.blocks() if blocks is None else blocks):
             query, keys, values = block.heads(x, cos, sin)
-            place = (0, 0, view.column, 0)
-            private_keys.append(jax.lax.dynamic_update_slice(cache.private_keys[index], keys, place))
-            private_values.append(jax.lax.dynamic_update_slice(cache.private_values[index], values, place))
+            for rings, old, new, axis in (
+                (private_keys, cache.private_keys[index], keys.swapaxes(2, 3), 3),
+                (private_values, cache.private_values[index], values, 2),
+            ):
+                rings.append(jax.lax.dynamic_update_slice_in_dim(old, new, view.column, axis))
             attended = attend_cache(
                 query[:, :, 0],
                 cache.prefix_keys[index],
@@ -257,7 +266,7 @@ class TextDecoder(nnx.Module):
                 private_values[-1],
                 view,
             )
-            x = block.finish(x, attended[:, :, None])
+            x = block.finish(x, attended[:, :, None], execution)
         cache = dataclasses.replace(cache, private_keys=tuple(private_keys), private_values=tuple(private_values))
         return self.norm(x)[:, 0], cache
 

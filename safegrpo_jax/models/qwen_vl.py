@@ -34,11 +34,11 @@ class QwenVLConfig:
     """A Qwen-VL model: what it is (`vision`, `text`, token ids) and how it is computed (the rest).
 
     `dtype` is the compute dtype, "float32" or "bfloat16"; parameters keep their own. `scan_layers` compiles one
-    block for each stack instead of all; `remat` recomputes blocks in the backward pass; `attention` names the
-    implementation (attention.py); `lora` adds adapters to the parameters.
+    block for each stack instead of all; `remat` recomputes blocks in the backward pass; `attention` and `experts` name
+    implementations (attention.py, grouped.py); `lora` adds adapters to the parameters.
 
     Raises:
-      ValueError: sizes that do not fit together, unknown dtype or attention implementation.
+      ValueError: sizes that do not fit together, unknown dtype or implementation.
     """
 
     vision: VisionConfig | WindowedVisionConfig
@@ -51,6 +51,7 @@ class QwenVLConfig:
     scan_layers: bool = False
     remat: bool = False
     attention: str = "reference"
+    experts: str = "ragged_dot"
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
@@ -62,11 +63,11 @@ class QwenVLConfig:
         for name in TOKEN_ID_NAMES:
             if not 0 <= getattr(self, name) < self.text.vocab_size:
                 raise ValueError(f"{name} {getattr(self, name)} is outside the vocabulary of {self.text.vocab_size}")
-        _ = self.execution  # an unknown dtype or attention is refused here, not at the first call
+        _ = self.execution  # an unknown dtype or implementation is refused here, not at the first call
 
     @property
     def execution(self) -> Execution:
-        return Execution(self.dtype, self.scan_layers, self.remat, self.attention)
+        return Execution(self.dtype, self.scan_layers, self.remat, self.attention, self.experts)
 
     @property
     def family(self) -> str:

@@ -24,7 +24,7 @@ from safegrpo_jax.models import hf_config
 from safegrpo_jax.models.qwen_vl import PUBLISHED_SIZES, QwenVLConfig
 from safegrpo_jax.programs import Programs, build_programs
 from safegrpo_jax.rewards.automaton import build_tables
-from safegrpo_jax.sampling.cache import PrivateCache
+from safegrpo_jax.sampling.cache import KEY_COLUMNS, VALUE_COLUMNS, PrivateCache
 from safegrpo_jax.sampling.decode import Queue
 from safegrpo_jax.sampling.rollout import Sampler
 from safegrpo_jax.sharding import batch_axis, batch_sharding, replicate
@@ -147,6 +147,7 @@ def _sampling_entries(
     layout, constants = sampler.layout(num_prompts), sampler.constants
     own_prompts = _placed(prompts, placement.prompt_shardings(prompts))
     features = jax.eval_shape(sampler.encode, copy, own_prompts)
+    features = _placed(features, placement.feature_shardings(features))
     starting = (copy, own_prompts, features, replicate(jax.eval_shape(lambda: jax.random.key(0)), mesh), constants)
     started = jax.eval_shape(lambda *arguments: sampler.start(*arguments, layout=layout), *starting)
     state, pool, private, keys = _placed(started, placement.shardings(started))
@@ -267,10 +268,14 @@ def _placed(tree: ArrayTree, shardings: ArrayTree) -> ArrayTree:
 
 
 def _with_columns(private: PrivateCache, num_columns: int) -> PrivateCache:
-    def widen(ring):
-        return jax.ShapeDtypeStruct((*ring.shape[:2], num_columns, ring.shape[3]), ring.dtype, sharding=ring.sharding)
+    def widen(rings, axis):
+        shapes = ((*ring.shape[:axis], num_columns, *ring.shape[axis + 1 :]) for ring in rings)
+        return tuple(
+            jax.ShapeDtypeStruct(shape, ring.dtype, sharding=ring.sharding)
+            for shape, ring in zip(shapes, rings, strict=True)
+        )
 
-    return PrivateCache(*(tuple(map(widen, rings)) for rings in (private.keys, private.values)), private.column)
+    return PrivateCache(widen(private.keys, KEY_COLUMNS), widen(private.values, VALUE_COLUMNS), private.column)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -137,7 +137,7 @@ def decode_chunk(
     """
     unpacked = functions.unpack(params)
     num_rows = state.completion_len.shape[1]
-    num_columns = private.keys[0].shape[2]
+    num_columns = private.num_columns
     last_step = state.num_steps + settings.chunk
 
     def goes_on(carry: tuple[DecodeState, PrivateCache]) -> Bool[Array, ""]:

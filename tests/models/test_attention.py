@@ -114,10 +114,10 @@ def test_a_slot_sees_the_prefix_it_sits_at_and_its_newest_private_columns():
         view = CacheView(*map(jnp.asarray, (column, private_len, seat_of_slot, slot_of_seat)))
         actual = attend_cache(
             query,
-            prefix_keys,
+            prefix_keys.swapaxes(2, 3),
             prefix_values,
             prefix_mask,
-            private_keys,
+            private_keys.swapaxes(2, 3),
             private_values,
             jax.tree.map(jnp.asarray, view),
         )
@@ -137,5 +137,6 @@ def test_a_slot_sees_the_prefix_it_sits_at_and_its_newest_private_columns():
 def test_a_slot_that_sees_nothing_stays_finite():
     ones = np.ones((1, 1, 2, 4), np.float32)
     view = CacheView(*map(jnp.asarray, (0, np.array([0]), np.array([[0]]), np.array([[0]]))))
-    attended = attend_cache(ones[:, :, 0], ones, ones, np.zeros((1, 2), bool), ones * 3, ones * 3, view)
+    keys = ones.swapaxes(2, 3)
+    attended = attend_cache(ones[:, :, 0], keys, ones, np.zeros((1, 2), bool), keys * 3, ones * 3, view)
     np.testing.assert_allclose(attended, ones[:, :, 0] * 2)
