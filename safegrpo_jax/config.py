@@ -343,14 +343,9 @@ def _validate_packing(config: Config) -> None:
     if not packing.row_len:
         return
     if packing.row_len < longest:
-        raise ValueError(
-            f"config.packing.row_len={packing.row_len} must hold the longest rollout: processor.prompt_buckets[-1] + "
-            f"sampling.max_new_tokens = {longest}"
-        )
-    if packing.rows % config.mesh.data_parallel:
-        raise ValueError(
-            f"config.packing.rows={packing.rows} must be a multiple of data x fsdp = {config.mesh.data_parallel}"
-        )
+        raise ValueError(f"config.packing.row_len={packing.row_len} must hold the longest rollout, {longest} tokens")
+    if packing.rows % (parts := config.mesh.data_parallel):
+        raise ValueError(f"config.packing.rows={packing.rows} must be a multiple of {parts} = data x fsdp")
     if config.loss.normalizer != "global":
         raise ValueError("config.loss.normalizer='micro' is not defined for packed rows: set 'global', or row_len to 0")
 

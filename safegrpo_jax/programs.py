@@ -47,6 +47,7 @@ from safegrpo_jax.sharding import (
     param_shardings,
     regroup,
     replicate,
+    state_shardings,
 )
 from safegrpo_jax.types import (
     Array,
@@ -236,7 +237,7 @@ def _build_stage(
             kl_coefficient=jnp.asarray(kl_coefficient, jnp.float32),
         )
 
-    shardings = _state_shardings(jax.eval_shape(init, abstract_params), params_sharding, replicated)
+    shardings = state_shardings(jax.eval_shape(init, abstract_params), params_sharding, replicated)
     return _Stage(optimizer, trainable, jax.jit(init, out_shardings=shardings, donate_argnums=0), shardings)
 
 
@@ -389,32 +390,3 @@ def _head_axis(config: Config, model: QwenVLConfig) -> str | None:
     axis = config.sharding.kv_heads
     parts = config.mesh.sampling_axis_sizes[axis] if axis else 1
     return axis if parts > 1 and model.text.num_kv_heads % parts == 0 else None
-
-
-def _state_shardings(state: TrainState, params_sharding: ArrayTree, replicated: NamedSharding) -> ArrayTree:
-    """Moments are sharded like their parameters; counters, and moments of another shape (factors), are replicated.
-
-    A moment is recognised by its path, which ends in the path of its parameter.
-    """
-    shapes = jax.tree.leaves(state.params)
-    by_path = {
-        _names(path): (shape.shape, sharding)
-        for (path, sharding), shape in zip(
-            jax.tree_util.tree_flatten_with_path(params_sharding)[0], shapes, strict=True
-        )
-    }
-    longest = max(map(len, by_path))
-
-    def choose(path, leaf):
-        names = _names(path)
-        for length in range(min(len(names), longest), 0, -1):
-            shape, sharding = by_path.get(names[-length:], (None, None))
-            if shape == leaf.shape:
-                return sharding
-        return replicated
-
-    return jax.tree_util.tree_map_with_path(choose, state)
-
-
-def _names(path) -> tuple[str, ...]:
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from safegrpo_jax.types import ArrayTree, Params, Prompts
+from safegrpo_jax.types import ArrayTree, Params, Prompts, TrainState
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes that a batch is spread over
 
@@ -141,6 +141,35 @@ def _find_spec(path, shape, mesh, rules, config):
             raise ValueError(f"parameter {path}: {logical} {size} is not divisible by mesh axis {mesh_axis} = {parts}")
         spec.append(mesh_axis if parts > 1 and size % parts == 0 else None)
     return PartitionSpec(*spec)
+
+
+def state_shardings(state: TrainState, params_sharding: ArrayTree, replicated: NamedSharding) -> ArrayTree:
+    """Moments are sharded like their parameters; counters, and moments of another shape (factors), are replicated.
+
+    A moment is recognised by its path, which ends in the path of its parameter.
+    """
+    shapes = jax.tree.leaves(state.params)
+    by_path = {
+        _names(path): (shape.shape, sharding)
+        for (path, sharding), shape in zip(
+            jax.tree_util.tree_flatten_with_path(params_sharding)[0], shapes, strict=True
+        )
+    }
+    longest = max(map(len, by_path))
+
+    def choose(path, leaf):
+        names = _names(path)
+        for length in range(min(len(names), longest), 0, -1):
+            shape, sharding = by_path.get(names[-length:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(choose, state)
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:

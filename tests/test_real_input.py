@@ -156,7 +156,7 @@ def check_adapters(run, model_folder):
 
     prompts = run.prompts(run.records["train"][:8], 8)
     rollouts, _ = run.programs.sampler.generate(run.programs.sampler_params(trained), prompts, jax.random.key(0))
-    experience, _, _ = run.programs.score(trained, reference, prompts, rollouts)
+    experience, _, _ = run.programs.score(trained, reference, prompts, rollouts, None, np.zeros((), np.float32))
     base = dataclasses.replace(run.model, lora=lora.LoraConfig())
     logps_fn = programs.make_logps_fn(base, run_lib.banned_ids(run.processor, base), 1.0, 0, freeze_vision=True)
     tokens = (prompts, rollouts.completion_ids, rollouts.completion_mask)
