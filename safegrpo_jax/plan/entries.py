@@ -147,7 +147,7 @@ def _sampling_entries(
     layout, constants = sampler.layout(num_prompts), sampler.constants
     own_prompts = _placed(prompts, placement.prompt_shardings(prompts))
     features = jax.eval_shape(sampler.encode, copy, own_prompts)
-    features = _placed(features, placement.batch_shardings(features))
+    features = _placed(features, placement.feature_shardings(features))
     starting = (copy, own_prompts, features, replicate(jax.eval_shape(lambda: jax.random.key(0)), mesh), constants)
     started = jax.eval_shape(lambda *arguments: sampler.start(*arguments, layout=layout), *starting)
     state, pool, private, keys = _placed(started, placement.shardings(started))

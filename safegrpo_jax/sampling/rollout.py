@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,21 +114,23 @@ class Placement:
 
     def prompt_shardings(self, prompts: Prompts) -> Prompts:
         """Where `place_inputs` brings each array."""
-        everywhere = self.mesh.axis_names if len(prompts.images.patches) % self.mesh.size == 0 else self.batch_axes
-        image_rows = NamedSharding(self.mesh, PartitionSpec(everywhere))
-
-        def place(path, sharding):
-            return image_rows if path[0].name == "images" else sharding
-
-        return jax.tree_util.tree_map_with_path(place, self.batch_shardings(prompts))
-
-    def batch_shardings(self, tree: ArrayTree) -> ArrayTree:
-        """Batch axes spread over the shards: of prompts, and of their images' features, which follow them."""
 
         def place(path, leaf):
+            if path[0].name == "images":
+                return self._spread(path, leaf)
             return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
 
-        return jax.tree_util.tree_map_with_path(place, tree)
+        return jax.tree_util.tree_map_with_path(place, prompts)
+
+    def feature_shardings(self, features: ArrayTree) -> ArrayTree:
+        """Of vision tokens, as of their images: whole, those of a batch would be larger than the cache."""
+        return jax.tree_util.tree_map_with_path(self._spread, features)
+
+    def _spread(self, path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
+        """Over all devices where they divide the batch axis, else over the shards."""
+        axis = batch_axis(path)
+        axes = self.mesh.axis_names if leaf.shape[axis] % self.mesh.size == 0 else self.batch_axes
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, axes))
 
     def constrain(self, tree: ArrayTree) -> ArrayTree:
         """Inside jit: arrays where `shardings` says."""
@@ -255,7 +258,7 @@ class Sampler:
 
     def _encode(self, params, prompts):
         features = self._functions.encode(params, prompts)
-        return jax.lax.with_sharding_constraint(features, self.placement.batch_shardings(features))
+        return jax.lax.with_sharding_constraint(features, self.placement.feature_shardings(features))
 
     def _start(self, params, prompts, features, key, constants, layout):
         sampling, z = self.sampling, layout.num_shards
