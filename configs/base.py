@@ -151,6 +151,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sharding.mlp = "tensor"
     config.sharding.experts = "expert"
     config.sharding.vision_width = "fsdp"
+    config.sharding.vision_heads = "tensor"
 
     config.evaluation = ConfigDict()
     config.evaluation.splits = ("test",)

@@ -113,12 +113,12 @@ def build_programs(
     config: Config,
     model: QwenVLConfig,
     mesh: Mesh,
-    banned_ids_mask: Bool[Array, "v"],
+    banned_ids_mask: Bool[Array | jax.ShapeDtypeStruct, "v"],
     stop_ids: tuple[int, ...],
     reward_tables: ArrayTree,
     other_reward_tables: ArrayTree,
 ) -> Programs:
-    """Builds (but does not yet compile) every program of the run.
+    """Builds (but does not yet compile) every program of the run. Shapes for arrays are enough to compile them.
 
     `other_reward_tables` are those of the rule set that is not used: the metrics say how often the two disagree.
     """

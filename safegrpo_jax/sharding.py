@@ -2,8 +2,8 @@
 
 A rule gives every axis of a parameter a logical name; `ShardingConfig` maps logical names to mesh axes. A mesh axis
 that the mesh does not have partitions nothing, so one configuration serves a laptop and a pod. The compiler places
-all communication (mesh axes are of type Auto). The vision tower is stored spread over `vision_width` and computes
-whole: it is small and has its own data.
+all communication (mesh axes are of type Auto). The vision tower is only stored spread; it computes whole, for it is
+small and has its own data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from safegrpo_jax.types import Array, ArrayTree, Params, Prompts, TrainState
@@ -30,12 +30,12 @@ Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 QWEN_VL_RULES: Rules = (
     (r"vision/(pos_table|.*norm.*|.*bias|.*lora_[ab])", ()),
     (r"vision/patch_embed/kernel", (None, "vision_width")),
-    (r"vision/blocks/\w+/qkv/kernel", (None, "vision_width", None, None, None)),
-    (r"vision/blocks/\w+/proj/kernel", (None, None, None, "vision_width")),
-    (r"vision/blocks/\w+/(fc1|mlp/gate|mlp/up)/kernel", (None, "vision_width", None)),
-    (r"vision/blocks/\w+/(fc2|mlp/down)/kernel", (None, None, "vision_width")),
-    (r"vision/merger/fc[12]/kernel", ("vision_width", None)),
-    (r"vision/deepstack_mergers/fc[12]/kernel", (None, "vision_width", None)),
+    (r"vision/blocks/\w+/qkv/kernel", (None, "vision_width", None, "vision_heads", None)),
+    (r"vision/blocks/\w+/proj/kernel", (None, "vision_heads", None, "vision_width")),
+    (r"vision/blocks/\w+/(fc1|mlp/gate|mlp/up)/kernel", (None, "vision_width", "vision_heads")),
+    (r"vision/blocks/\w+/(fc2|mlp/down)/kernel", (None, "vision_heads", "vision_width")),
+    (r"vision/merger/fc[12]/kernel", ("vision_width", "vision_heads")),
+    (r"vision/deepstack_mergers/fc[12]/kernel", (None, "vision_width", "vision_heads")),
     (r"text/embed", ("vocab", "width")),
     (r"text/lm_head/kernel", ("width", "vocab")),
     (r"text/(deepstack_)?layers/q/kernel", (None, "width", "heads", None)),
@@ -45,7 +45,7 @@ QWEN_VL_RULES: Rules = (
     (r"text/(deepstack_)?layers/o/kernel", (None, "heads", None, "width")),
     (r"text/(deepstack_)?layers/mlp/(gate|up)/kernel", (None, "width", "mlp")),
     (r"text/(deepstack_)?layers/mlp/down/kernel", (None, "mlp", "width")),
-    (r"text/(deepstack_)?layers/mlp/router/kernel", ()),
+    (r"text/(deepstack_)?layers/mlp/router/kernel", (None, "width", None)),
     (r"text/(deepstack_)?layers/mlp/gate_up", (None, "experts", "width", None, "mlp")),
     (r"text/(deepstack_)?layers/mlp/down", (None, "experts", "mlp", "width")),
     (r"text/(.*norm)/scale", ()),
@@ -55,7 +55,8 @@ QWEN_VL_RULES: Rules = (
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
-    """Mesh axis of each logical axis, None to replicate. `kv_heads` replicates when the heads do not divide."""
+    """Mesh axis of each logical axis, None to replicate. `kv_heads` and `vision_heads` (the tower's heads and mlp) are
+    replicated where they do not divide."""
 
     vocab: str | None = "tensor"
     width: str | None = "fsdp"
@@ -64,6 +65,7 @@ class ShardingConfig:
     mlp: str | None = "tensor"
     experts: str | None = "expert"
     vision_width: str | None = "fsdp"
+    vision_heads: str | None = "tensor"
 
 
 def make_mesh(axis_sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -109,7 +111,10 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def param_shardings(
-    abstract_params: Params, mesh: Mesh, rules: Rules = QWEN_VL_RULES, config: ShardingConfig | None = None
+    abstract_params: Params,
+    mesh: Mesh | AbstractMesh,
+    rules: Rules = QWEN_VL_RULES,
+    config: ShardingConfig | None = None,
 ) -> Params:
     """The sharding of every parameter, as a tree like `abstract_params` (arrays or their shapes).
 
@@ -136,7 +141,7 @@ def _find_spec(path, shape, mesh, rules, config):
     for logical, size in zip(axes, shape, strict=False):
         mesh_axis = None if logical is None else getattr(config, logical)
         parts = mesh.shape.get(mesh_axis, 1)
-        if size % parts and logical != "kv_heads":
+        if size % parts and logical not in ("kv_heads", "vision_heads"):
             raise ValueError(f"parameter {path}: {logical} {size} is not divisible by mesh axis {mesh_axis} = {parts}")
         spec.append(mesh_axis if parts > 1 and size % parts == 0 else None)
     return PartitionSpec(*spec)

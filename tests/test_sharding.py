@@ -51,8 +51,8 @@ def test_published_parameters_are_placed(shapes):
         "text/layers/mlp/gate/kernel": PartitionSpec(None, "fsdp", "tensor"),
         "text/layers/mlp/down/kernel": PartitionSpec(None, "tensor", "fsdp"),
         "text/layers/q_norm/scale": PartitionSpec(),
-        "vision/blocks/stage_0/qkv/kernel": PartitionSpec(None, "fsdp", None, None, None),
-        "vision/blocks/stage_0/proj/kernel": PartitionSpec(None, None, None, "fsdp"),
+        "vision/blocks/stage_0/qkv/kernel": PartitionSpec(None, "fsdp", None, "tensor", None),
+        "vision/blocks/stage_0/proj/kernel": PartitionSpec(None, "tensor", None, "fsdp"),
         "vision/pos_table": PartitionSpec(),
     }
     assert {path: spec_of(placed, path) for path in expected} == expected

@@ -105,18 +105,18 @@ def list_entries(config: Config, model: QwenVLConfig, programs: Programs) -> lis
         replay = _replay(config, model, mesh)
     held = {"policy": params, "optimizer state": state.opt_state, "reference": reference, "prompts": prompts}
     others = ("optimizer state", "reference", "prompts")
-    copying = Entry("copy", programs.sampler_params, (params,), {}, mesh, 1, 1, _bytes(held, *others))
+    copying = Entry("copy", programs.sampler_params, (params,), {}, mesh, 1.0, 1, _bytes(held, *others))
     sampler = programs.sampler
     with jax.set_mesh(sampler.placement.mesh):
         sampling, rollouts = _sampling_entries(config, sampler, copy, prompts, held)
     rollouts = _spread(rollouts, mesh)
     packing = _packing(config, prompts, mesh)
     scoring = (params, reference, prompts, rollouts, packing, state.kl_coefficient)
-    score = Entry("score", programs.score, scoring, {}, mesh, 1, 1, _bytes(held, "optimizer state"))
+    score = Entry("score", programs.score, scoring, {}, mesh, 1.0, 1, _bytes(held, "optimizer state"))
     experience = _spread(score.trace().out_info[0], mesh)
     held |= {"rollouts": (rollouts.behavior_logps, rollouts.spans)}  # the other fields are also the experience's
     updating = (state, experience, replay, packing)
-    update = Entry("update", programs.update, updating, {}, mesh, 1, 1, _bytes(held, "reference", "rollouts"))
+    update = Entry("update", programs.update, updating, {}, mesh, 1.0, 1, _bytes(held, "reference", "rollouts"))
     return [copying, *sampling, score, update]
 
 
@@ -147,13 +147,16 @@ def _sampling_entries(
     layout, constants = sampler.layout(num_prompts), sampler.constants
     own_prompts = _placed(prompts, placement.prompt_shardings(prompts))
     features = jax.eval_shape(sampler.encode, copy, own_prompts)
-    features = _placed(features, placement.feature_shardings(features))
+    features = _placed(features, placement.batch_shardings(features))
     starting = (copy, own_prompts, features, replicate(jax.eval_shape(lambda: jax.random.key(0)), mesh), constants)
     started = jax.eval_shape(lambda *arguments: sampler.start(*arguments, layout=layout), *starting)
     state, pool, private, keys = _placed(started, placement.shardings(started))
     private = _with_columns(private, settings.column_ladder[-1])
     index = _ints(layout.num_shards, layout.num_prefills)
-    queue = Queue(_ints(layout.num_shards), _ints(layout.num_shards, layout.num_prompts))
+    shards = layout.num_shards
+    queue = jax.eval_shape(
+        lambda: Queue(jnp.zeros(shards, jnp.int32), jnp.zeros((shards, layout.num_prompts), jnp.int32))
+    )
     held = held | {
         "sampler's prompts": own_prompts,
         "features": features,
@@ -162,11 +165,11 @@ def _sampling_entries(
         "rollouts in work": state,
     }
     trained = ("policy", "optimizer state", "reference", "prompts")
-    prefill_calls = -(-num_prompts // (layout.num_shards * layout.num_prefills))
+    prefill_calls = float(-(-num_prompts // (layout.num_shards * layout.num_prefills)))
     num_tokens = num_prompts * settings.group_size * settings.max_new_tokens / TYPICAL_SHARE
     decode_steps = num_tokens / (layout.num_shards * layout.num_slots)
 
-    def entry(name, *arguments, calls=1, turns=1, beside=(), **static):
+    def entry(name, *arguments, calls=1.0, turns=1, beside=(), **static):
         resident = _bytes(held, *trained, *beside)
         return Entry(name, getattr(sampler, name), arguments, static, mesh, calls, turns, resident)
 
@@ -207,48 +210,52 @@ def _itemsize(dtype) -> int:
 
 
 def _replay(config: Config, model: QwenVLConfig, mesh: Mesh) -> Demonstrations | None:
-    if not config.train.replay_batch:
-        return None
     rows, length = config.train.replay_batch, config.processor.completion_buckets[-1]
-    prompts = _prompts(config, model, rows, mesh)
-    tokens = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, bool))
-    return _spread(Demonstrations(prompts, *tokens), mesh)
+    if not rows:
+        return None
+
+    def make():
+        tokens = (jnp.zeros((rows, length), dtype) for dtype in (jnp.int32, bool))
+        return Demonstrations(_zero_prompts(config, model, rows), *tokens)
+
+    return _spread(jax.eval_shape(make), mesh)
 
 
 def _prompts(config: Config, model: QwenVLConfig, num_prompts: int, mesh: Mesh) -> Prompts:
+    return _spread(jax.eval_shape(lambda: _zero_prompts(config, model, num_prompts)), mesh)
+
+
+def _zero_prompts(config: Config, model: QwenVLConfig, num_prompts: int) -> Prompts:
     settings = config.processor
     length, num_blocks = settings.prompt_buckets[-1], config_lib.num_blocks(config)
     largest = settings.max_pixels // settings.patch_size**2
     row_size = smallest_bucket(settings.patch_buckets, largest)
     rows = num_blocks * pack_images([[largest]] * num_prompts, num_blocks, row_size)[1]
 
-    def shape(*sizes, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(sizes, dtype)
+    def ints(*sizes):
+        return jnp.zeros(sizes, jnp.int32)
 
-    by_prompt = (num_prompts, length)
-    return _spread(
-        Prompts(
-            prompt_ids=shape(*by_prompt),
-            prompt_mask=shape(*by_prompt, dtype=bool),
-            positions=shape(3, *by_prompt),
-            rope_delta=shape(num_prompts),
-            vision_mask=shape(*by_prompt, dtype=bool),
-            feature_index=shape(*by_prompt),
-            record_ids=shape(num_prompts),
-            images=PackedImages(
-                patches=shape(rows, row_size, model.vision.patch_values, dtype=jnp.float32),
-                patch_pos=shape(rows, row_size, 2),
-                tap_ids=shape(rows, row_size, 4),
-                tap_weights=shape(rows, row_size, 4, dtype=jnp.float32),
-                segment_ids=shape(rows, row_size),
-            ),
-            labels=Labels(
-                *(shape(num_prompts) for _ in range(3)),
-                shape(num_prompts, dtype=bool),
-                shape(num_prompts) if config.rewards.anchor_answers else None,
-            ),
+    labels = [ints(num_prompts) for _ in range(3)]
+    return Prompts(
+        prompt_ids=ints(num_prompts, length),
+        prompt_mask=jnp.zeros((num_prompts, length), bool),
+        positions=ints(3, num_prompts, length),
+        rope_delta=ints(num_prompts),
+        vision_mask=jnp.zeros((num_prompts, length), bool),
+        feature_index=ints(num_prompts, length),
+        record_ids=ints(num_prompts),
+        images=PackedImages(
+            patches=jnp.zeros((rows, row_size, model.vision.patch_values)),
+            patch_pos=ints(rows, row_size, 2),
+            tap_ids=ints(rows, row_size, 4),
+            tap_weights=jnp.zeros((rows, row_size, 4)),
+            segment_ids=ints(rows, row_size),
         ),
-        mesh,
+        labels=Labels(
+            *labels,
+            tagged=jnp.zeros(num_prompts, bool),
+            gold_answer=ints(num_prompts) if config.rewards.anchor_answers else None,
+        ),
     )
 
 
@@ -268,14 +275,16 @@ def _placed(tree: ArrayTree, shardings: ArrayTree) -> ArrayTree:
 
 
 def _with_columns(private: PrivateCache, num_columns: int) -> PrivateCache:
-    def widen(rings, axis):
-        shapes = ((*ring.shape[:axis], num_columns, *ring.shape[axis + 1 :]) for ring in rings)
-        return tuple(
-            jax.ShapeDtypeStruct(shape, ring.dtype, sharding=ring.sharding)
-            for shape, ring in zip(shapes, rings, strict=True)
-        )
+    # Not by the constructor, whose annotations the tests check: these are shapes.
+    axes = {"keys": KEY_COLUMNS, "values": VALUE_COLUMNS}
 
-    return PrivateCache(widen(private.keys, KEY_COLUMNS), widen(private.values, VALUE_COLUMNS), private.column)
+    def widen(path, leaf):
+        shape = list(leaf.shape)
+        if path[0].name in axes:
+            shape[axes[path[0].name]] = num_columns
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(widen, private)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

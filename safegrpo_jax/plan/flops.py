@@ -75,20 +75,21 @@ def _of_megablox(equation: JaxprEqn) -> int:
     return 2 * math.prod(left) * out[-1] * own_groups // groups[0]
 
 
-# Matmuls over pairs of tokens: scores and values; for the gradients the scores again, and those of the chain rule.
-_KERNEL_MATMULS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+# Matmuls over pairs of tokens: scores and values; for the gradients the scores again, and those of the chain rule. And
+# the operands of a causal kernel, which takes the tokens' numbers beyond those of one that sees everything.
+_KERNELS = {"splash_mha_fwd": (2, 8), "splash_mha_dkv": (4, 11), "splash_mha_dq": (3, 11)}
 
 
 def _of_kernel(equation: JaxprEqn) -> int:
-    """Blocks of a splash kernel that are not masked as a whole. Only a causal one takes the tokens' numbers, last."""
+    """Blocks of a splash kernel that are not masked as a whole."""
     name = equation.params["name"] or ""
-    matmuls = next((count for kernel, count in _KERNEL_MATMULS.items() if name.startswith(kernel)), None)
-    if matmuls is None:
-        raise ValueError(f"kernel {name!r} is not one of {', '.join(_KERNEL_MATMULS)}; say here how to count it")
-    shapes = [variable.aval.shape for variable in equation.invars]
-    rows, heads, length, head_dim = next(shape for shape in shapes if len(shape) == 4)
+    matmuls, causal_operands = next((found for kernel, found in _KERNELS.items() if name.startswith(kernel)), (0, 0))
+    if not matmuls:
+        raise ValueError(f"kernel {name!r} is not one of {', '.join(_KERNELS)}; say here how to count it")
+    avals = [variable.aval for variable in equation.invars]
+    *rows, heads, length, head_dim = next(aval.shape for aval in avals if aval.dtype.kind not in "iub")
     pairs = length**2
-    if len(shapes[-1]) == 2:
+    if len(avals) == causal_operands:
         block = next(block for block in BLOCKS if length % block == 0)
         pairs = length * (length + block) // 2
-    return matmuls * 2 * rows * heads * pairs * head_dim
+    return matmuls * 2 * math.prod(rows) * heads * pairs * head_dim

@@ -110,8 +110,8 @@ def counted(program: Program, turns: int = 1) -> Iterator[tuple[int, Instruction
         for instruction in instructions.values():
             yield times, instruction, instructions
             if instruction.opcode == "while":
-                turns = trip_count(program, instruction, instructions) or turns
-                pending.append((_attribute(instruction, "body"), times * turns))
+                own_turns = trip_count(program, instruction, instructions) or turns
+                pending.append((_attribute(instruction, "body"), times * own_turns))
             elif instruction.opcode == "conditional":
                 branches = re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", instruction.attributes)
                 listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)

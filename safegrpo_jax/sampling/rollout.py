@@ -116,19 +116,18 @@ class Placement:
         everywhere = self.mesh.axis_names if len(prompts.images.patches) % self.mesh.size == 0 else self.batch_axes
         image_rows = NamedSharding(self.mesh, PartitionSpec(everywhere))
 
+        def place(path, sharding):
+            return image_rows if path[0].name == "images" else sharding
+
+        return jax.tree_util.tree_map_with_path(place, self.batch_shardings(prompts))
+
+    def batch_shardings(self, tree: ArrayTree) -> ArrayTree:
+        """Batch axes spread over the shards: of prompts, and of their images' features, which follow them."""
+
         def place(path, leaf):
-            return image_rows if path[0].name == "images" else self._batch_rows(path)
+            return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
 
-        return jax.tree_util.tree_map_with_path(place, prompts)
-
-    def feature_shardings(self, features: ArrayTree) -> ArrayTree:
-        """Of vision tokens, in packing order, over the shards: prompts find their own in their shard."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: self._batch_rows(path) if leaf.ndim else self.replicated, features
-        )
-
-    def _batch_rows(self, path: jax.tree_util.KeyPath) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
+        return jax.tree_util.tree_map_with_path(place, tree)
 
     def constrain(self, tree: ArrayTree) -> ArrayTree:
         """Inside jit: arrays where `shardings` says."""
@@ -155,7 +154,7 @@ class Sampler:
         functions: ModelFunctions,
         sampling: SamplingConfig,
         placement: Placement,
-        banned_ids_mask: Bool[Array, "v"],
+        banned_ids_mask: Bool[Array | jax.ShapeDtypeStruct, "v"],
         stop_ids: tuple[int, ...],
         reward_tables: ArrayTree,
         output_rows: NamedSharding | None = None,
@@ -256,7 +255,7 @@ class Sampler:
 
     def _encode(self, params, prompts):
         features = self._functions.encode(params, prompts)
-        return jax.lax.with_sharding_constraint(features, self.placement.feature_shardings(features))
+        return jax.lax.with_sharding_constraint(features, self.placement.batch_shardings(features))
 
     def _start(self, params, prompts, features, key, constants, layout):
         sampling, z = self.sampling, layout.num_shards

@@ -13,6 +13,7 @@ from safegrpo_jax.models.experts import ExpertMLP
 from safegrpo_jax.models.splash import attend_splash
 from safegrpo_jax.plan.flops import count_flops
 from safegrpo_jax.sharding import make_mesh
+from safegrpo_jax.types import VisionFeatures
 
 NEAR = 0.03  # of the analytic count, which leaves out everything but matmuls of weights and attention
 
@@ -40,7 +41,8 @@ def model():
 
 def forward(model, rows, length):
     params = jax.eval_shape(lambda: qwen_vl.init_params(model, jax.random.key(0)))
-    features = qwen_vl.VisionFeatures(shape(16, model.text.width), shape(3, 16, model.text.width))
+    width = model.text.width
+    features = jax.eval_shape(lambda: VisionFeatures(jnp.zeros((16, width)), jnp.zeros((3, 16, width))))
     tokens = (
         shape(rows, length, dtype=jnp.int32),
         shape(rows, length, dtype=bool),
@@ -65,8 +67,11 @@ def test_forward_of_a_scanned_decoder(model):
 def test_gradient_counts_what_is_computed_again(model, remat):
     function, arguments = forward(dataclasses.replace(model, remat=remat), 2, 1024)
     counted = count_flops(jax.jit(jax.grad(function)).trace(*arguments).jaxpr)
-    passes = 4 if remat else 3
-    assert counted == pytest.approx(passes * text_flops(model, 2, 1024), rel=NEAR)
+    # A block is computed again up to its last matmul: no gradient needs what `down` gives.
+    text = model.text
+    down = text.num_layers * 2 * 2 * 1024 * text.width * text.mlp_width
+    expected = 4 * text_flops(model, 2, 1024) - down if remat else 3 * text_flops(model, 2, 1024)
+    assert counted == pytest.approx(expected, rel=NEAR)
 
 
 def test_microbatches_multiply(model):
@@ -100,8 +105,9 @@ def test_splash_kernels_by_blocks():
         return count_flops(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, q, q, ids).jaxpr)
 
     pair = 2 * 2 * heads * head_dim  # of one matmul, both rows
-    assert count(False) == (2 + 4 + 3) * pair * length**2
-    assert count(True) == (2 + 4 + 3) * pair * length * (length + 1024) // 2
+    # The gradient also contracts outputs with their gradients, a matmul of one column.
+    assert count(False) == pytest.approx((2 + 4 + 3) * pair * length**2, rel=1e-3)
+    assert count(True) == pytest.approx((2 + 4 + 3) * pair * length * (length + 1024) // 2, rel=1e-3)
 
 
 def test_grouped_matmuls_do_the_work_of_one_expert_a_row():

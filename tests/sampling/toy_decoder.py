@@ -109,7 +109,7 @@ def _decode(params, unpacked, token_ids, positions, view, cache):
 
 
 def _encode(params, prompts):
-    return jnp.zeros(())
+    return jnp.zeros((len(prompts.images.patches), 1))
 
 
 FUNCTIONS = ModelFunctions(encode=_encode, prefill=_prefill, unpack=lambda params: None, decode=_decode, logits=logits)

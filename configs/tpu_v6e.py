@@ -1,0 +1,23 @@
+"""The published SafeGRPO run on TPU v6e, 32 GB a chip; arguments `:4b`, `:8b`, `:2_5_7b`, `:30b_a3b`.
+
+16 chips (v6e-16) for all models but the mixture, which is for 64.
+
+    python -m safegrpo_jax.main --config=configs/tpu_v6e.py:8b --config.model.path=FOLDER --config.data.path=FOLDER
+    python -m safegrpo_jax.main --config=configs/tpu_v6e.py:8b --mode=plan --topology=v6e:4x4
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tpu_shared
+from configs.tpu_shared import Slice
+
+SLICES = {
+    "4b": Slice("v6e:4x4", fsdp=4, tensor=4, slots=256),
+    "8b": Slice("v6e:4x4", fsdp=4, tensor=4, slots=256),
+    "2_5_7b": Slice("v6e:4x4", fsdp=4, tensor=4, slots=256),
+    "30b_a3b": Slice("v6e:8x8", fsdp=16, tensor=4, slots=256),
+}
+
+
+def get_config(arg: str = "8b") -> ConfigDict:
+    return tpu_shared.get_config(arg, "tpu_v6e", SLICES)
