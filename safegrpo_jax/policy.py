@@ -17,6 +17,7 @@ from safegrpo_jax.grpo.logps import token_logps
 from safegrpo_jax.models import qwen_vl
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.sampling.decode import ModelFunctions
+from safegrpo_jax.sharding import BATCH_AXES, FSDP_AXIS, gather_parts
 from safegrpo_jax.types import PATCHES_PER_FEATURE, Array, Packing, Prompts
 
 
@@ -50,9 +51,28 @@ def make_logps_fn(
     With `share_prompts` a prompt is computed once for all of its completions, or as the packing was made.
     """
 
-    def score(params, states, target_ids, mask):
-        logits_fn = lambda hidden: qwen_vl.logits_from_hidden(params, hidden, model)  # noqa: E731
-        return token_logps(logits_fn, states, target_ids, mask, banned_ids_mask, temperature, chunk)
+    def score_rows(output, banned_ids_mask, *rows):
+        def logits_fn(hidden):
+            return qwen_vl.logits_from_output(output, hidden, model)
+
+        return token_logps(logits_fn, *rows, banned_ids_mask, temperature, chunk)
+
+    def score(params, *rows):
+        (output, width_axis), mesh = qwen_vl.output_map(params, model), jax.sharding.get_abstract_mesh()
+        num_parts = mesh.shape.get(FSDP_AXIS, 1)
+        if num_parts == 1 or output.shape[width_axis] % num_parts:
+            return score_rows(output, banned_ids_mask, *rows)
+
+        # Each device gathers the map once and adds up its gradient over all chunks; the sums meet once. The compiler
+        # would bring both together in every chunk.
+        def score_own(part, *rest):
+            return score_rows(gather_parts(part, width_axis, model.execution.compute_dtype), *rest)
+
+        axes = tuple(name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1)
+        spread, parts = PartitionSpec(axes), PartitionSpec(*[None] * width_axis, FSDP_AXIS)
+        in_specs = (parts, PartitionSpec(), spread, spread, spread)
+        mapped = jax.shard_map(score_own, in_specs=in_specs, out_specs=spread, axis_names=frozenset(axes))
+        return mapped(output, banned_ids_mask, *rows)
 
     def encode(params, images):
         features = qwen_vl.encode_images(params, images, model)

@@ -9,17 +9,21 @@ small and has its own data.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
-from safegrpo_jax.types import ArrayTree, Params, Prompts, TrainState
+from safegrpo_jax.types import Array, ArrayTree, Params, Prompts, TrainState
 
-BATCH_AXES = ("data", "fsdp")  # mesh axes that a batch is spread over
+FSDP_AXIS = "fsdp"
+BATCH_AXES = ("data", FSDP_AXIS)  # mesh axes that a batch is spread over
 
 # First match wins. Names are those of `ShardingConfig`; None is never partitioned. Layer stacks lead with None.
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
@@ -170,6 +174,34 @@ def state_shardings(state: TrainState, params_sharding: ArrayTree, replicated: N
 
 def _names(path) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def gather_parts(part: Float[Array, "..."], axis: int, dtype: jnp.dtype) -> Float[Array, "..."]:
+    """Inside a shard_map over the batch axes: the whole of an array that is in parts over "fsdp" along `axis`.
+
+    It travels in `dtype` and has the type of the parts. Its gradient is summed where it is used, without a word between
+    the devices, and meets once, in that type, on the way back: one reduce-scatter.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    others = tuple(name for name in BATCH_AXES if name != FSDP_AXIS and mesh.shape.get(name, 1) > 1)
+    # Said to vary over the other axes from the start: else their sum is taken at every use.
+    return _gather_parts(jax.lax.pcast(part, others, to="varying") if others else part, axis, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_parts(part, axis, dtype):
+    return jax.lax.all_gather(part.astype(dtype), FSDP_AXIS, axis=axis, tiled=True).astype(part.dtype)
+
+
+def _gather_parts_forward(part, axis, dtype):
+    return _gather_parts(part, axis, dtype), None
+
+
+def _gather_parts_backward(axis, dtype, _, cotangent):
+    return (jax.lax.psum_scatter(cotangent, FSDP_AXIS, scatter_dimension=axis, tiled=True),)
+
+
+_gather_parts.defvjp(_gather_parts_forward, _gather_parts_backward)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:

@@ -272,14 +272,16 @@ class TextDecoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """float32 logits of final hidden states."""
-        if self.lm_head is None:
-            kernel, contract = self.embed[...], 1
-        else:
-            kernel, contract = self.lm_head.kernel[...], 0
-        dims = (((hidden.ndim - 1,), (contract,)), ((), ()))
-        return jax.lax.dot_general(hidden, kernel.astype(hidden.dtype), dims, preferred_element_type=jnp.float32)
+        kernel = self.embed[...] if self.lm_head is None else self.lm_head.kernel[...]
+        return project(hidden, kernel, self.lm_head is None)
 
     def _rotation(self, positions, execution):
         angles = text_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_axes)
         # Rounded to the compute dtype before the products: what the released checkpoints were trained with.
         return jnp.cos(angles).astype(execution.compute_dtype), jnp.sin(angles).astype(execution.compute_dtype)
+
+
+def project(hidden: Float[Array, "*rows d"], kernel: Float[Array, "..."], tied: bool) -> Float[Array, "*rows v"]:
+    """float32 logits by the output map, which is [v d] where it is `tied` to the embedding, else [d v]."""
+    dims = (((hidden.ndim - 1,), (1 if tied else 0,)), ((), ()))
+    return jax.lax.dot_general(hidden, kernel.astype(hidden.dtype), dims, preferred_element_type=jnp.float32)

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from safegrpo_jax.models.decoder import TextBlock, TextConfig, TextDecoder
+from safegrpo_jax.models.decoder import TextBlock, TextConfig, TextDecoder, project
 from safegrpo_jax.models.layers import Execution
 from safegrpo_jax.models.lora import LoraConfig, adapt, only_adapters
 from safegrpo_jax.models.vision import VisionConfig
@@ -223,6 +223,19 @@ def continuation_hidden(
         config.execution,
     )
     return decoder.norm(x[:, -1]), decoder.norm(y)
+
+
+def output_map(params: Params, config: QwenVLConfig) -> tuple[Float[Array, "..."], int]:
+    """The map from hidden states to logits, and which axis of it is the width."""
+    tied = config.text.tied_embeddings
+    return (params["text"]["embed"], 1) if tied else (params["text"]["lm_head"]["kernel"], 0)
+
+
+def logits_from_output(
+    output: Float[Array, "..."], hidden: Float[Array, "*rows d"], config: QwenVLConfig
+) -> Float[Array, "*rows v"]:
+    """As `logits_from_hidden`, with the array that `output_map` gave."""
+    return project(hidden, output, config.text.tied_embeddings)
 
 
 def logits_from_hidden(

@@ -102,7 +102,7 @@ def make_our_step(model: Path, data: Path, workdir: Path):
     values.train.replay_batch, values.loss.replay_weight = 0, 0.0
     values.train.num_steps, values.train.dump_rollouts_every = 1_000_000, 1_000_000
     values.train.prompts_per_step, values.sampling.group_size, values.sampling.max_new_tokens = PROMPTS, SAMPLES, TOKENS
-    values.policy_update.num_minibatches = 1
+    values.policy_update.num_minibatches, values.packing.share_prompts = 1, True
     values.loss.ratio_anchor, values.loss.kl_coefficient = "policy", KL_COEFFICIENT
     values.optimizer.learning_rate, values.optimizer.schedule = LEARNING_RATE, "constant"
     values.optimizer.warmup_steps = values.optimizer.total_steps = 0
@@ -172,7 +172,7 @@ def make_trainer(model: Path, images: list[Image.Image], folder: Path, steps: in
     )
 
 
-def main(rounds: int = 7) -> None:
+def main(rounds: int = 5) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
     torch.set_num_threads(NUM_CORES)
     jax.config.update("jax_num_cpu_devices", NUM_CORES)

@@ -187,7 +187,7 @@ def test_meshes_give_the_gradient_of_one_device(axes, is_packed, share, params, 
     with jax.set_mesh(mesh):
         state = start(jax.device_put(params, param_shardings(params, mesh)))
         experience = shard_batch(make_experience(), mesh)
-        result = make_update(share, batch_axes=batch_axes)(state, experience, packing)
+        result = make_update(share, chunk=4, batch_axes=batch_axes)(state, experience, packing)
     assert_same(result, padded)
 
 
