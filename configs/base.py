@@ -27,6 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.scan_layers = True
     config.model.logits_chunk = 512  # tokens whose logits exist at a time
     config.model.attention = "reference"  # "splash" on a TPU
+    config.model.experts = "ragged_dot"  # of a mixture: "megablox" on a TPU
     config.model.lora = ConfigDict()
     config.model.lora.rank = 0  # 0 trains the weights themselves, else adapters of this rank
     config.model.lora.alpha = 16.0
@@ -65,6 +66,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.replay_batch = 0  # plain questions a step, imitated with loss.replay_weight
     config.train.replay_split = "pretrain"
     config.train.dump_rollouts_every = 10
+    config.train.max_resamples = 0  # how often groups of equal rewards are sampled again
+    config.train.max_skipped_steps = 3  # broken gradients in a row that stop the run
 
     config.sampling = ConfigDict()
     config.sampling.group_size = 8
@@ -96,6 +99,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.advantages = ConfigDict()
     config.advantages.scale = "group"  # "none" is Dr. GRPO
+    config.advantages.baseline = "group"  # or "leave_one_out": the mean of the others, as RLOO
     config.advantages.normalize = "total"  # "per_rule" compares each rule alone within the group, as GDPO
     config.advantages.credit = "completion"  # "span" credits the tokens of a tag, or of the answer, with its own rule
 
@@ -111,6 +115,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.loss.kl_estimator = "k3"
     config.loss.kl_coefficient = 0.01
     config.loss.kl_in_reward = False
+    config.loss.kl_target = 0.0  # > 0: the coefficient adapts to this KL
+    config.loss.kl_horizon = 10_000  # in rollouts; how slowly it adapts
     config.loss.entropy_coefficient = 0.0
     config.loss.aggregation = "token_mean"
     config.loss.normalizer = "global"  # "micro" reproduces the published run's normaliser
@@ -121,6 +127,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.policy_update.num_epochs = 1
     config.policy_update.num_microbatches = 1
 
+    config.packing = ConfigDict()
+    config.packing.row_len = 0  # tokens of a row of several rollouts in score and update; 0 pads each to its own row
+    config.packing.rows = 16  # rows of a microbatch, over the whole mesh
+    config.packing.share_prompts = False  # True: a prompt is computed once for its responses, in a row or all
+
     config.optimizer = _optimizer(learning_rate=1e-6)
 
     config.mesh = ConfigDict()
@@ -130,6 +141,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
     config.mesh.expert = 1
+    config.mesh.peak_flops = 0.0  # of one device, such as 275e12 (v4); 0 logs no estimate of its use
     config.mesh.sampling_tensor = 0  # parts of heads and mlp while sampling; 0 is `tensor`
     config.sharding = ConfigDict()  # the mesh axis that each logical axis of the parameters is spread over
     config.sharding.vocab = "tensor"
@@ -157,6 +169,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _optimizer(learning_rate: float) -> ConfigDict:
     optimizer = ConfigDict()
+    optimizer.method = "adamw"  # or "adafactor": no momentum, second moments of rows and columns alone
     optimizer.learning_rate = learning_rate
     optimizer.schedule = "constant"  # or "linear", "cosine" down to final_ratio at total_steps
     optimizer.warmup_steps = 0

@@ -40,6 +40,7 @@ def get_config(arg: str, name: str, slices: dict[str, Slice]) -> ConfigDict:
     config, chosen = base.get_config(), slices[arg]
     config.model.size = SIZES[arg]
     config.model.attention = "splash"
+    config.model.experts = "megablox"  # read by a mixture only
     config.model.logits_chunk = 128  # completion positions; of 8 rollouts, over the whole vocabulary
     config.mesh.platform = "tpu"
     config.mesh.fsdp, config.mesh.tensor = chosen.fsdp, chosen.tensor

@@ -96,7 +96,7 @@ class Checkpoints:
             return saved
         if int(state.step) != step:
             raise ValueError(f"checkpoint {stage}/{step}: the state counts {int(state.step)} steps; pass that number")
-        arrays = {"params": state.params, "training": {"step": state.step, "opt_state": state.opt_state}}
+        arrays = {"params": state.params, "training": _training(state)}
         metadata = {
             "stage": stage,
             "step": step,
@@ -182,11 +182,8 @@ class Checkpoints:
         metadata = self._read_metadata(saved)
         if check_run:
             self._check_run(saved, metadata)
-        training = {"step": abstract_state.step, "opt_state": abstract_state.opt_state}
-        loaded = self._load(saved, metadata, {"params": abstract_state.params, "training": training})
-        return TrainState(
-            step=loaded["training"]["step"], params=loaded["params"], opt_state=loaded["training"]["opt_state"]
-        )
+        loaded = self._load(saved, metadata, {"params": abstract_state.params, "training": _training(abstract_state)})
+        return TrainState(params=loaded["params"], **loaded["training"])
 
     def check_run(self, saved: SavedStep) -> None:
         """Raises ValueError where another config or other data wrote the checkpoint; names the keys that differ."""
@@ -302,6 +299,13 @@ def config_sha256(run_config: Mapping[str, Any]) -> str:
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide the numbers."""
     return {name: package_metadata.version(name) for name in _PACKAGES}
+
+
+def _training(state: TrainState) -> dict[str, Any]:
+    """All of a state but its parameters, which are kept apart so that a model can be read without the rest."""
+    return {
+        field.name: getattr(state, field.name) for field in dataclasses.fields(TrainState) if field.name != "params"
+    }
 
 
 def _is_complete(folder: pathlib.Path) -> bool:

@@ -24,8 +24,9 @@ from safegrpo_jax.data.sources import DataConfig
 from safegrpo_jax.grpo.advantages import AdvantageConfig
 from safegrpo_jax.grpo.loss import LossConfig
 from safegrpo_jax.grpo.optimizer import OptimizerConfig
+from safegrpo_jax.grpo.packing import PackingConfig
 from safegrpo_jax.grpo.update import UpdateConfig
-from safegrpo_jax.models.attention import IMPLEMENTATIONS
+from safegrpo_jax.models import attention, grouped
 from safegrpo_jax.models.lora import LoraConfig
 from safegrpo_jax.models.qwen_vl import PUBLISHED_SIZES, QwenVLConfig
 from safegrpo_jax.rewards.compose import RewardConfig
@@ -60,8 +61,8 @@ class ModelConfig:
     `qwen_vl.PUBLISHED_SIZES` that the folder must hold; enough for --mode=plan, which needs no folder.
     `compute_dtype`: of activations; parameters are float32. `freeze_vision`: GRPO leaves the vision tower as it is; the
     supervised stages train it. `logits_chunk`: tokens whose logits exist at a time in log-probabilities, 0 for all.
-    `attention`: "reference", or on a TPU "splash". `lora`: train adapters of a checkpoint's projections instead of its
-    weights.
+    `attention`: "reference", or on a TPU "splash". `experts`, of a mixture: "ragged_dot", or on a TPU "megablox".
+    `lora`: train adapters of a checkpoint's projections instead of its weights.
     """
 
     path: str = ""
@@ -72,6 +73,7 @@ class ModelConfig:
     scan_layers: bool = False
     logits_chunk: int = 0
     attention: str = "reference"
+    experts: str = "ragged_dot"
     lora: LoraConfig = LoraConfig()
     small: SmallModelConfig = SmallModelConfig()
 
@@ -85,6 +87,7 @@ class MeshConfig:
     the batch is spread over both, parameters over `fsdp`; `tensor`: heads and mlp; `expert`: experts of a mixture.
     `sampling_tensor`: the same for sampling, which never spreads a parameter over the batch's devices: a decode step
     would gather it for every token. 0 is `tensor`.
+    `peak_flops`: FLOP/s of one device, for the metrics' estimate of its use; 0 for none.
     """
 
     platform: str = ""
@@ -94,6 +97,7 @@ class MeshConfig:
     tensor: int = 1
     expert: int = 1
     sampling_tensor: int = 0
+    peak_flops: float = 0.0
 
     @property
     def data_parallel(self) -> int:
@@ -120,7 +124,9 @@ class TrainConfig:
     """The GRPO stage. One step = one rollout batch of `prompts_per_step` prompts x `sampling.group_size` samples.
 
     `replay_batch` plain questions per step join the loss with weight `loss.replay_weight`, a block for each mini-batch.
-    Rollout files are written every `dump_rollouts_every` steps and for the last step.
+    Rollout files are written every `dump_rollouts_every` steps and for the last step. Groups whose rewards are all
+    equal are sampled again up to `max_resamples` times a step; those that stay so train nothing. An optimizer step with
+    a broken gradient is skipped; `max_skipped_steps` in a row stop the run, in any stage.
     """
 
     num_steps: int = 180
@@ -128,6 +134,8 @@ class TrainConfig:
     replay_batch: int = 0
     replay_split: str = "pretrain"
     dump_rollouts_every: int = 10
+    max_resamples: int = 0
+    max_skipped_steps: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +175,7 @@ class Config:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     policy_update: UpdateConfig = UpdateConfig()
+    packing: PackingConfig = PackingConfig()
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingConfig = ShardingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -280,19 +289,27 @@ def validate(config: Config) -> None:
         )
     if config.sampling.group_size < 2 and config.train.num_steps:
         raise ValueError("config.sampling.group_size must be at least 2: the advantage is relative to the group")
+    for key, least in (("max_resamples", 0), ("max_skipped_steps", 1)):
+        if getattr(config.train, key) < least:
+            raise ValueError(f"config.train.{key}={getattr(config.train, key)}: use a number >= {least}")
     if config.data.on_bad_row not in ("raise", "skip"):
         raise ValueError(f"config.data.on_bad_row={config.data.on_bad_row!r}: use 'raise' or 'skip'")
     if config.model.compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"config.model.compute_dtype={config.model.compute_dtype!r}: use 'float32' or 'bfloat16'")
-    if config.model.attention not in IMPLEMENTATIONS:
-        known = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"config.model.attention={config.model.attention!r}: use one of {known}")
+    for key, allowed in (("attention", attention.IMPLEMENTATIONS), ("experts", grouped.IMPLEMENTATIONS)):
+        value = getattr(config.model, key)
+        if value not in allowed:
+            raise ValueError(f"config.model.{key}={value!r}: use one of {', '.join(map(repr, allowed))}")
     if config.model.size and config.model.size not in PUBLISHED_SIZES:
         known = suggestion(config.model.size, PUBLISHED_SIZES)
         raise ValueError(f"config.model.size={config.model.size!r}: no such published model{known}")
-    if config.model.lora.rank and not (config.model.path or config.model.size):
+    lora, supervised = config.model.lora, config.pretrain.num_steps or config.cold_start.num_steps
+    if lora.rank and not (config.model.path or config.model.size):
+        raise ValueError(f"config.model.lora.rank={lora.rank} adapts a trained model: set config.model.path, or rank 0")
+    if lora.rank and lora.vision_projections and config.model.freeze_vision and not supervised:
         raise ValueError(
-            f"config.model.lora.rank={config.model.lora.rank} adapts a trained model: set config.model.path, or rank 0"
+            f"config.model.lora.vision_projections={lora.vision_projections} would never be trained, since "
+            "freeze_vision=True keeps the vision tower as it is: set one of the two otherwise"
         )
     if bool(config.loss.replay_weight) != bool(config.train.replay_batch):
         raise ValueError("config.loss.replay_weight and config.train.replay_batch go together: set both, or neither")
@@ -311,11 +328,31 @@ def validate(config: Config) -> None:
             f"config.rewards.overlong_buffer={config.rewards.overlong_buffer} exceeds sampling.max_new_tokens="
             f"{config.sampling.max_new_tokens}, of which it is a part; make it smaller"
         )
+    _validate_packing(config)
     if config.processor.completion_buckets[-1] < config.sampling.max_new_tokens:
         raise ValueError(
             f"config.sampling.max_new_tokens={config.sampling.max_new_tokens} exceeds the largest of "
             f"processor.completion_buckets {config.processor.completion_buckets}"
         )
+
+
+def _validate_packing(config: Config) -> None:
+    packing, longest = config.packing, config.processor.prompt_buckets[-1] + config.sampling.max_new_tokens
+    if packing.share_prompts and config.model.attention != "reference":
+        raise ValueError("config.packing.share_prompts needs model.attention='reference': set that, or it to False")
+    if not packing.row_len:
+        return
+    if packing.row_len < longest:
+        raise ValueError(
+            f"config.packing.row_len={packing.row_len} must hold the longest rollout: processor.prompt_buckets[-1] + "
+            f"sampling.max_new_tokens = {longest}"
+        )
+    if packing.rows % config.mesh.data_parallel:
+        raise ValueError(
+            f"config.packing.rows={packing.rows} must be a multiple of data x fsdp = {config.mesh.data_parallel}"
+        )
+    if config.loss.normalizer != "global":
+        raise ValueError("config.loss.normalizer='micro' is not defined for packed rows: set 'global', or row_len to 0")
 
 
 def executed(model: QwenVLConfig, settings: ModelConfig) -> QwenVLConfig:
@@ -326,6 +363,7 @@ def executed(model: QwenVLConfig, settings: ModelConfig) -> QwenVLConfig:
         scan_layers=settings.scan_layers,
         remat=settings.remat,
         attention=settings.attention,
+        experts=settings.experts,
         lora=settings.lora,
     )
 

@@ -8,7 +8,6 @@ baked into an executable. Donation: updates consume their state.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,18 +15,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from safegrpo_jax.config import Config
 from safegrpo_jax.grpo.advantages import group_advantages, per_rule_advantages, spread_over_spans
-from safegrpo_jax.grpo.logps import token_logps
 from safegrpo_jax.grpo.loss import kl_estimate
-from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer
-from safegrpo_jax.grpo.update import logps_in_blocks, update_policy, update_supervised
+from safegrpo_jax.grpo.optimizer import OptimizerConfig, make_optimizer, merge_trainable, select_trainable
+from safegrpo_jax.grpo.update import logps_in_blocks, packed_logps, update_policy, update_supervised
 from safegrpo_jax.masked import masked_sum
 from safegrpo_jax.models import qwen_vl
-from safegrpo_jax.models.lora import adapter_mask
+from safegrpo_jax.models.lora import trainable_mask
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
+from safegrpo_jax.policy import make_logps_fn, model_functions
 from safegrpo_jax.rewards import spans as reward_spans
 from safegrpo_jax.rewards.compose import (
     compute_rewards,
@@ -39,7 +38,6 @@ from safegrpo_jax.rewards.compose import (
     reward_parts,
     shape_by_length,
 )
-from safegrpo_jax.sampling.decode import ModelFunctions
 from safegrpo_jax.sampling.rollout import Placement, Sampler, SamplingConfig
 from safegrpo_jax.sft import SupervisedConfig
 from safegrpo_jax.sharding import (
@@ -58,6 +56,7 @@ from safegrpo_jax.types import (
     Key,
     Labels,
     Metrics,
+    Packing,
     Params,
     Prompts,
     Rewards,
@@ -72,12 +71,13 @@ class Programs:
 
     `sampler_params(params)` are parameters as sampling wants them: matrices in the compute dtype, laid out for
     decoding. `sampler.generate(sampler_params, prompts, key)` samples groups as GRPO trains on them,
-    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` copies a reference policy, its matrices
-    in the compute dtype. `score(params, reference_params, prompts, rollouts)` gives the Experience, the rewards and
-    their metrics; `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay)`
-    is one GRPO step, `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start".
-    `init_state[stage](params)` makes the TrainState of a stage. Both updates and `init_state` consume their first
-    argument.
+    `greedy_sampler` gives one greedy completion a prompt. `freeze(params)` is the reference policy: copies of the
+    leaves that GRPO trains, matrices in the compute dtype, None for those that it shares with the policy.
+    `score(params, reference, prompts, rollouts, packing, kl_coefficient)` gives the Experience, the rewards and their
+    metrics; `grade(rollouts, labels of the prompts)` the rewards alone. `update(state, experience, replay, packing)`
+    is one GRPO step, `supervised[stage](state, demonstrations)` one of "pretrain" or "cold_start". `packing` is None
+    for padded rows. `init_state[stage](params)` makes the TrainState of a stage. Both updates and `init_state` consume
+    their first argument.
     """
 
     mesh: Mesh
@@ -85,79 +85,15 @@ class Programs:
     param_shardings: ArrayTree
     init_params: Callable[[Key], Params]
     sampler_params: Callable[[Params], Params]
-    freeze: Callable[[Params], Params]
+    freeze: Callable[[Params], ArrayTree]
     sampler: Sampler
     greedy_sampler: Sampler
     grade: Callable[[Rollouts, Labels], Rewards]
-    score: Callable[[Params, Params, Prompts, Rollouts], tuple[Experience, Rewards, Metrics]]
-    update: Callable[[TrainState, Experience, Demonstrations | None], tuple[TrainState, Metrics]]
+    score: Callable[[Params, ArrayTree, Prompts, Rollouts, Packing | None, Array], tuple[Experience, Rewards, Metrics]]
+    update: Callable[[TrainState, Experience, Demonstrations | None, Packing | None], tuple[TrainState, Metrics]]
     supervised: dict[str, Callable[[TrainState, Demonstrations], tuple[TrainState, Metrics]]]
     init_state: dict[str, Callable[[Params], TrainState]]
     state_shardings: dict[str, ArrayTree]
-
-
-def model_functions(model: QwenVLConfig) -> ModelFunctions:
-    """The functions that sampling needs, bound to one model config."""
-    return ModelFunctions(
-        encode=lambda params, prompts: qwen_vl.encode_images(params, prompts.images, model),
-        prefill=lambda params, prompts, features: qwen_vl.prefill(params, prompts, features, model),
-        decode=lambda params, token_ids, positions, view, cache: qwen_vl.decode_hidden(
-            params, token_ids, positions, view, cache, model
-        ),
-        logits=lambda params, hidden: qwen_vl.logits_from_hidden(params, hidden, model),
-    )
-
-
-def make_logps_fn(
-    model: QwenVLConfig, banned_ids_mask: Bool[Array, "v"], temperature: float, chunk: int, freeze_vision: bool
-) -> Callable[[Params, Prompts, Array, Array], tuple[Array, Array]]:
-    """`logps_fn(params, prompts, completion_ids [n c], completion_mask [n c]) -> (logps [n c], entropy [n c])`.
-
-    Row r of the completions continues prompt r // (n // b). Images are encoded once per prompt. With
-    `freeze_vision` no gradient reaches the vision tower.
-    """
-
-    def logps_fn(params, prompts, completion_ids, completion_mask):
-        features = qwen_vl.encode_images(params, prompts.images, model)
-        if freeze_vision:
-            features = jax.lax.stop_gradient(features)
-        group = completion_ids.shape[0] // prompts.prompt_ids.shape[0]
-        rows = _join(prompts, completion_ids, completion_mask, group)
-        hidden = qwen_vl.text_hidden(params, *rows, features, model)
-        prompt_len = prompts.prompt_ids.shape[1]
-        # The hidden state at token t predicts token t + 1.
-        return token_logps(
-            lambda h: qwen_vl.logits_from_hidden(params, h, model),
-            hidden[:, prompt_len - 1 : -1],
-            completion_ids,
-            completion_mask,
-            banned_ids_mask,
-            temperature,
-            chunk,
-        )
-
-    return logps_fn
-
-
-def _join(prompts: Prompts, completion_ids: Int[Array, "n c"], completion_mask: Bool[Array, "n c"], group: int):
-    """Token rows of prompt + completion: ids, mask, positions [3 n t], vision mask, feature index."""
-
-    def repeat(x, axis=0):
-        return jnp.repeat(x, group, axis=axis)
-
-    length = completion_ids.shape[1]
-    start = prompts.prompt_mask.sum(-1, dtype=jnp.int32) + prompts.rope_delta
-    completion_pos = repeat(start)[:, None] + jnp.arange(length, dtype=jnp.int32)
-    no_vision = jnp.zeros_like(completion_ids)
-    return (
-        jnp.concatenate([repeat(prompts.prompt_ids), completion_ids], 1),
-        jnp.concatenate([repeat(prompts.prompt_mask), completion_mask], 1),
-        jnp.concatenate(
-            [repeat(prompts.positions, 1), jnp.broadcast_to(completion_pos, (3, *completion_pos.shape))], 2
-        ),
-        jnp.concatenate([repeat(prompts.vision_mask), no_vision.astype(bool)], 1),
-        jnp.concatenate([repeat(prompts.feature_index), no_vision], 1),
-    )
 
 
 def rollout_metrics(rollouts: Rollouts) -> Metrics:
@@ -170,16 +106,6 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
         "rollout/truncated_fraction": rollouts.truncated.astype(jnp.float32).mean(),
         "rollout/refusal_fraction": rollouts.spans.refusal.astype(jnp.float32).mean(),
     }
-
-
-def trainable_mask(abstract_params: Params, freeze_vision: bool) -> ArrayTree:
-    """True for every parameter that a stage trains: the adapters where there are any, else all of them."""
-    mask = adapter_mask(abstract_params)
-    if not any(jax.tree.leaves(mask)):
-        mask = jax.tree.map(lambda _: True, abstract_params)
-    if freeze_vision:
-        mask["vision"] = jax.tree.map(lambda _: False, mask["vision"])
-    return mask
 
 
 def build_programs(
@@ -200,7 +126,9 @@ def build_programs(
     replicated = NamedSharding(mesh, PartitionSpec())
     other_tables, banned = replicate((other_reward_tables, banned_ids_mask), mesh)
     pretrain, cold_start, grpo = (
-        _build_stage(optimizer, trainable_mask(abstract, frozen), abstract, shardings, replicated)
+        _build_stage(
+            optimizer, trainable_mask(abstract, frozen), config.loss.kl_coefficient, abstract, shardings, replicated
+        )
         for optimizer, frozen in (
             (config.pretrain.optimizer, False),
             (config.cold_start.optimizer, False),
@@ -222,7 +150,7 @@ def build_programs(
         param_shardings=shardings,
         init_params=jax.jit(lambda key: qwen_vl.init_params(model, key), out_shardings=shardings),
         sampler_params=_build_sampler_params(model, param_shardings(abstract, sampling_mesh, config=config.sharding)),
-        freeze=jax.jit(functools.partial(qwen_vl.cast_weights, config=model), out_shardings=shardings),
+        freeze=_build_freeze(config, model, shardings),
         sampler=build_sampler(config.sampling),
         greedy_sampler=build_sampler(greedy),
         grade=_build_grade(config),
@@ -257,6 +185,16 @@ def _build_sampler_params(model: QwenVLConfig, layout: ArrayTree) -> Callable[[P
     return jax.jit(sampler_params, out_shardings=layout)
 
 
+def _build_freeze(config: Config, model: QwenVLConfig, shardings: ArrayTree) -> Callable[[Params], ArrayTree]:
+    mask = trainable_mask(shardings, config.model.freeze_vision)
+    if config.loss.kl_estimator == "none":  # nothing will read it
+        mask = jax.tree.map(lambda _: False, mask)
+    return jax.jit(
+        lambda params: select_trainable(qwen_vl.cast_weights(params, model), mask),
+        out_shardings=select_trainable(shardings, mask),
+    )
+
+
 class _Stage(NamedTuple):
     """The trainable part of a stage: its optimizer, its state from parameters, and where that state lives."""
 
@@ -282,6 +220,7 @@ class Bound:
 def _build_stage(
     optimizer_config: OptimizerConfig,
     trainable: ArrayTree,
+    kl_coefficient: float,
     abstract_params: Params,
     params_sharding: ArrayTree,
     replicated: NamedSharding,
@@ -289,7 +228,13 @@ def _build_stage(
     optimizer = make_optimizer(optimizer_config, trainable)
 
     def init(params):
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            skipped_in_row=jnp.zeros((), jnp.int32),
+            kl_coefficient=jnp.asarray(kl_coefficient, jnp.float32),
+        )
 
     shardings = _state_shardings(jax.eval_shape(init, abstract_params), params_sharding, replicated)
     return _Stage(optimizer, trainable, jax.jit(init, out_shardings=shardings, donate_argnums=0), shardings)
@@ -318,15 +263,13 @@ def _build_supervised(
 
 
 def _build_update(config: Config, model: QwenVLConfig, stage: _Stage, replicated: NamedSharding) -> Callable:
-    def update(state, experience, replay, banned):
-        settings = config.model
+    def update(state, experience, replay, packing, banned):
         return update_policy(
             state,
             experience,
             replay,
-            logps_fn=make_logps_fn(
-                model, banned, config.sampling.temperature, settings.logits_chunk, settings.freeze_vision
-            ),
+            packing,
+            logps_fn=_policy_logps(config, model, banned, config.model.freeze_vision),
             optimizer=stage.optimizer,
             loss=config.loss,
             update=dataclasses.replace(config.policy_update, batch_axes=config.mesh.batch_axes),
@@ -341,34 +284,46 @@ def _build_update(config: Config, model: QwenVLConfig, stage: _Stage, replicated
     )
 
 
-def _build_score(config: Config, model: QwenVLConfig, mesh: Mesh) -> Callable:
-    loss, sampling = config.loss, config.sampling
-    logps_of = functools.partial(
-        make_logps_fn, model, temperature=sampling.temperature, chunk=config.model.logits_chunk
+def _policy_logps(config: Config, model: QwenVLConfig, banned: Bool[Array, "v"], freeze_vision: bool) -> Callable:
+    """The log-probabilities of sampling, as update and score need them."""
+    return make_logps_fn(
+        model,
+        banned,
+        config.sampling.temperature,
+        config.model.logits_chunk,
+        freeze_vision,
+        config.packing.share_prompts,
+        config.mesh.batch_axes,
     )
 
-    def score(params, reference_params, prompts, rollouts, banned, other_tables):
+
+def _build_score(config: Config, model: QwenVLConfig, mesh: Mesh) -> Callable:
+    loss, sampling = config.loss, config.sampling
+
+    def score(params, reference, prompts, rollouts, packing, kl_coefficient, banned, other_tables):
         mask = rollouts.completion_mask
-        all_at_once = logps_of(banned_ids_mask=banned, freeze_vision=True)
-        num_blocks = config.policy_update.num_minibatches * config.policy_update.num_microbatches
-
-        def logps_fn(params, *batch):
-            return logps_in_blocks(params, *batch, all_at_once, num_blocks, config.mesh.batch_axes)
-
         tokens = (prompts, rollouts.completion_ids, mask)
+        logps_fn = _policy_logps(config, model, banned, freeze_vision=True)
+
+        def logps_under(params):
+            count, axes = config.policy_update.num_minibatches, config.mesh.batch_axes
+            if packing is None:
+                return logps_in_blocks(params, *tokens, logps_fn, count * config.policy_update.num_microbatches, axes)
+            return packed_logps(params, *tokens, packing, logps_fn=logps_fn, num_minibatches=count, batch_axes=axes)
+
         labels = repeat_labels(prompts.labels, sampling.group_size)
         plain = compute_rewards(rollouts.spans, labels, config.rewards)
         rewards = shape_by_length(plain, labels, rollouts.completion_len, sampling.max_new_tokens, config.rewards)
         # What the loss does not read is not computed at all.
         reference_logps = proximal_logps = rollouts.behavior_logps
         if loss.kl_estimator != "none":
-            reference_logps = logps_fn(reference_params, *tokens)
+            reference_logps = logps_under(merge_trainable(reference, params))
         if loss.ratio_anchor == "proximal":
-            proximal_logps = logps_fn(params, *tokens)
+            proximal_logps = logps_under(params)
         returns = rewards
         if loss.kl_in_reward:
             divergence = kl_estimate(rollouts.behavior_logps, reference_logps, loss.kl_estimator)
-            price = loss.kl_coefficient * masked_sum(divergence, mask, axis=1)
+            price = kl_coefficient * masked_sum(divergence, mask, axis=1)
             returns = dataclasses.replace(rewards, total=rewards.total - price)
         advantages, stats = _advantages(returns, rollouts, labels, config)
         if loss.mask_truncated:
@@ -437,18 +392,25 @@ def _head_axis(config: Config, model: QwenVLConfig) -> str | None:
 
 
 def _state_shardings(state: TrainState, params_sharding: ArrayTree, replicated: NamedSharding) -> ArrayTree:
-    """Moments are sharded like their parameters, counters are replicated.
+    """Moments are sharded like their parameters; counters, and moments of another shape (factors), are replicated.
 
     A moment is recognised by its path, which ends in the path of its parameter.
     """
-    by_path = {_names(path): sharding for path, sharding in jax.tree_util.tree_flatten_with_path(params_sharding)[0]}
+    shapes = jax.tree.leaves(state.params)
+    by_path = {
+        _names(path): (shape.shape, sharding)
+        for (path, sharding), shape in zip(
+            jax.tree_util.tree_flatten_with_path(params_sharding)[0], shapes, strict=True
+        )
+    }
     longest = max(map(len, by_path))
 
     def choose(path, leaf):
         names = _names(path)
         for length in range(min(len(names), longest), 0, -1):
-            if names[-length:] in by_path:
-                return by_path[names[-length:]]
+            shape, sharding = by_path.get(names[-length:], (None, None))
+            if shape == leaf.shape:
+                return sharding
         return replicated
 
     return jax.tree_util.tree_map_with_path(choose, state)

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from safegrpo_jax import config as config_lib
 from safegrpo_jax import processes
@@ -30,6 +30,7 @@ from safegrpo_jax.data.packing import share_of
 from safegrpo_jax.data.processor import Processor
 from safegrpo_jax.data.records import Record, write_bad_rows
 from safegrpo_jax.data.sources import load_splits
+from safegrpo_jax.grpo.packing import count_tokens, image_rows_of, pack_rollouts
 from safegrpo_jax.metrics import MetricsWriter
 from safegrpo_jax.models import hf_config, hf_weights, lora, qwen_vl
 from safegrpo_jax.models.decoder import TextConfig
@@ -39,7 +40,7 @@ from safegrpo_jax.programs import Programs, build_programs
 from safegrpo_jax.rewards.automaton import build_tables, token_bytes
 from safegrpo_jax.rewards.compose import gold_answer_numbers
 from safegrpo_jax.sharding import make_mesh, process_share, shard_batch
-from safegrpo_jax.types import Demonstrations, Params, Prompts
+from safegrpo_jax.types import Demonstrations, Packing, Params, Prompts, Rollouts
 
 STAGES = ("pretrain", "cold_start", "grpo")
 _TOKENIZER_FILES = (
@@ -96,6 +97,30 @@ class Run:
         demonstrations = self.processor.encode_demonstrations(records, num_blocks, process_share(self.mesh))
         return shard_batch(demonstrations, self.mesh)
 
+    def pack(self, prompts: Prompts, rollouts: Rollouts) -> tuple[Packing | None, dict[str, float]]:
+        """The packing of the rollouts, None for padded rows, and the tokens that the policy reads: how many are real,
+        and their share of all."""
+        config = self.config
+        prompt_mask, completion_len = processes.fetch((prompts.prompt_mask, rollouts.completion_len))
+        prompt_len = prompt_mask.sum(1)
+        if not config.packing.row_len:
+            copies = 1 if config.packing.share_prompts else config.sampling.group_size
+            real = int(prompt_len.sum()) * copies + int(completion_len.sum())
+            return None, _token_metrics(real, prompt_mask.size * copies + rollouts.completion_ids.size)
+        num_rows, num_patches = prompts.images.segment_ids.shape
+        packing = pack_rollouts(
+            prompt_len,
+            completion_len,
+            prompt_mask.shape[1],
+            image_rows_of(*processes.fetch((prompts.vision_mask, prompts.feature_index)), num_patches),
+            num_rows,
+            config.packing,
+            config.policy_update.num_minibatches,
+            config.mesh.data_parallel,
+        )
+        placed = jax.device_put(packing, NamedSharding(self.mesh, PartitionSpec()))
+        return placed, _token_metrics(*count_tokens(packing))
+
     def initial_params(self) -> Params:
         """Parameters before any stage: the checkpoint's, or random ones for the embedded model."""
         # The "rbg" generator compiles in a third of the time that the default takes for so many arrays.
@@ -122,6 +147,10 @@ class Run:
                     shutil.copyfile(self.model_folder / name, folder / name)
         processes.barrier("export")
         return folder
+
+
+def _token_metrics(real: int, processed: int) -> dict[str, float]:
+    return {"update/real_tokens": float(real), "update/token_efficiency": real / processed}
 
 
 def needed_splits(config: Config) -> tuple[str, ...]:

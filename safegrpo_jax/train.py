@@ -30,14 +30,13 @@ from safegrpo_jax.evaluation.splits import run_split
 from safegrpo_jax.metrics import (
     MetricsWriter,
     Progress,
-    StageTimer,
     peak_rss_bytes,
     save_image,
     write_evaluation,
-    write_rollouts,
 )
 from safegrpo_jax.report.html import write_report
 from safegrpo_jax.run import Run
+from safegrpo_jax.step import drop_broken, grpo_step
 from safegrpo_jax.types import Labels, Params, Rewards, Rollouts, TrainState
 
 STREAM_SEEDS = {"pretrain": 1, "cold_start": 2, "grpo": 3, "replay": 4}
@@ -100,9 +99,10 @@ def _run_supervised(
         reads = any(step % every == 0 for every in (settings.log_every, settings.checkpoint_every, settings.num_steps))
         stopping = stop.agreed(waits=reads)
         if reads or stopping:  # what is saved is finite
-            metrics = jax.device_get(metrics)
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            metrics = drop_broken(metrics, stage, step, run.config.train.max_skipped_steps)
             writer.write(stage, step, metrics)
-            progress.update(step, {"loss": metrics["supervised/loss"]})
+            progress.update(step, {"loss": metrics.get("supervised/loss", float("nan"))})
         _save_or_stop(run, stage, step, state, settings.checkpoint_every, stopping, progress)
     progress.close()
     run.store.finish(stage, state)
@@ -110,15 +110,19 @@ def _run_supervised(
 
 
 def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.StopRequest) -> Params:
-    """Parameters after GRPO from `params`, which are consumed; a copy of them is the fixed policy of the KL term."""
+    """Parameters after GRPO. Consumes `params`, its start and the fixed policy of the KL term."""
     settings = run.config.train
     if not settings.num_steps:
         return params
     if finished := run.store.finished("grpo"):
         return run.store.restore_params(finished, _abstract_params(run))
-    reference_params = run.programs.freeze(params)
-    state = _resume(run, "grpo") or run.programs.init_state["grpo"](params)
-    jax.tree.map(lambda leaf: leaf.delete(), params)  # a resumed run has not consumed them
+    reference = run.programs.freeze(params)
+    if run.store.steps("grpo"):
+        for leaf in jax.tree.leaves(params):  # the state brings its own: frozen leaves are held once
+            leaf.delete()
+        state = _resume(run, "grpo")
+    else:
+        state = run.programs.init_state["grpo"](params)
     start = int(state.step)
     data = stream(run, "grpo", run.records["train"], settings.prompts_per_step, start)
     replay = None
@@ -130,7 +134,7 @@ def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.S
         state, metrics = grpo_step(
             run,
             state,
-            reference_params,
+            reference,
             next(data),
             next(replay) if replay else None,
             jax.random.fold_in(run_key, step),
@@ -138,6 +142,7 @@ def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.S
         )
         if run.config.evaluation.validate_every and step % run.config.evaluation.validate_every == 0:
             metrics |= validate(run, state.params)
+        metrics = drop_broken(metrics, "grpo", step, settings.max_skipped_steps)
         writer.write("grpo", step, metrics)
         shown = {"reward": metrics["reward/total_mean"], "KL": metrics.get("policy/kl", 0.0)}
         progress.update(step, shown, int(metrics["rollout/tokens"]))
@@ -145,47 +150,6 @@ def _run_grpo(run: Run, writer: MetricsWriter, params: Params, stop: processes.S
     progress.close()
     run.store.finish("grpo", state)
     return state.params
-
-
-def grpo_step(
-    run: Run,
-    state: TrainState,
-    reference_params: Params,
-    records: Sequence[Record],
-    replay_records: Sequence[Record] | None,
-    key: jax.Array,
-    step: int,
-) -> tuple[TrainState, dict[str, float]]:
-    """One step: sample groups, score them, update. Returns the new state and the step's metrics."""
-    timer = StageTimer()
-    num_blocks = config_lib.num_blocks(run.config)
-    with timer("encode"):
-        prompts = run.prompts(records, num_blocks)
-        replay = run.demonstrations(replay_records, num_blocks) if replay_records else None
-    with timer("generate"):
-        sampler_params = run.programs.sampler_params(state.params)
-        rollouts, sampler_stats = run.programs.sampler.generate(sampler_params, prompts, key)
-        del sampler_params  # room for the passes that follow
-    with timer("score"):
-        experience, rewards, stats = jax.block_until_ready(
-            run.programs.score(state.params, reference_params, prompts, rollouts)
-        )
-    advantages = experience.advantages
-    if step % run.config.train.dump_rollouts_every == 0 or step == run.config.train.num_steps:
-        _dump(run, records, *processes.fetch((rollouts, rewards, advantages)), step)
-    with timer("update"):
-        state, update_stats = jax.block_until_ready(run.programs.update(state, experience, replay))
-    metrics = {name: float(value) for name, value in (jax.device_get(stats) | jax.device_get(update_stats)).items()}
-    return state, metrics | sampler_stats | timer.pop()
-
-
-def _dump(run: Run, records, rollouts: Rollouts, rewards: Rewards, advantages: np.ndarray, step: int) -> None:
-    if not processes.is_first():
-        return
-    images = [save_image(run.workdir, record.images[0]) if record.images else "" for record in records]
-    # The first token of a completion lies in no tag: its advantage is that of the completion, also with span credit.
-    rows = rollout_rows(records, images, rollouts, rewards, run.processor, run.token_bytes, step, advantages[:, 0])
-    write_rollouts(run.workdir, step, rows)
 
 
 def _resume(run: Run, stage: str) -> TrainState | None:

@@ -60,6 +60,7 @@ def pytree(cls: type[_T]) -> type[_T]:
     return cls
 
 
+PATCHES_PER_FEATURE = 4  # a merged vision token covers 2 x 2 patches, consecutive in their packing row
 SAFE, UNSAFE = 0, 1  # label values
 VERDICT_NONE, VERDICT_SAFE, VERDICT_UNSAFE, VERDICT_OTHER = 0, 1, 2, 3
 
@@ -128,14 +129,15 @@ class Prompts:
 class KVCache:
     """Keys and values for decoding: prefixes once per prompt, private tokens once per decode slot.
 
-    Tuples hold one buffer per layer. Head-major layout keeps the tokens of one head contiguous. The private columns
+    Tuples hold one buffer per layer. Head-major layout keeps the tokens of one head contiguous; those of the keys lie
+    last, for scores contract over e: a CPU reads them twice as fast, a TPU alike. The private columns
     are a ring: a step writes one column for all slots, and a slot reads the newest ones, as many as are its own.
     """
 
-    prefix_keys: tuple[Float[Array, "b k p e"], ...]
+    prefix_keys: tuple[Float[Array, "b k e p"], ...]
     prefix_values: tuple[Float[Array, "b k p e"], ...]
     prefix_mask: Bool[Array, "b p"]
-    private_keys: tuple[Float[Array, "n k s e"], ...]
+    private_keys: tuple[Float[Array, "n k e s"], ...]
     private_values: tuple[Float[Array, "n k s e"], ...]
 
 
@@ -203,6 +205,32 @@ class Rollouts:
 
 
 @pytree
+class Packing:
+    """Where each token of the rollouts of a batch goes in rows without padding: index arrays alone.
+
+    A block is a microbatch: `rows` rows of t tokens, the images they need, and the rollouts in them. The blocks of a
+    mini-batch follow each other; within them rollouts, packing rows of images and places are counted from the start of
+    the mini-batch, and columns along prompt + completion. `segment_ids` is 0 for padding. A token sees the earlier
+    tokens of its own segment and of the segment `prefix_ids`, which differ where responses share one prompt.
+    `state_place` is the token in the row whose hidden state predicts an answer token, `answer_place` that token.
+    `first_answer` is the place of a rollout's first answer token in the flattened `answers` of its block.
+    """
+
+    rollout: Int[Array, "blocks rows t"]
+    column: Int[Array, "blocks rows t"]
+    segment_ids: Int[Array, "blocks rows t"]
+    prefix_ids: Int[Array, "blocks rows t"]
+    state_place: Int[Array, "blocks rows answers"]
+    answer_place: Int[Array, "blocks rows answers"]
+    answer_mask: Bool[Array, "blocks rows answers"]
+    image_rows: Int[Array, "blocks used"]
+    image_slots: Int[Array, "blocks u"]  # the inverse: place in `image_rows`, 0 where not used
+    rollouts: Int[Array, "blocks members"]
+    rollout_mask: Bool[Array, "blocks members"]
+    first_answer: Int[Array, "blocks members"]
+
+
+@pytree
 class Experience:
     """Everything one policy update needs: prompts, rollouts, and what was computed about them.
 
@@ -230,11 +258,17 @@ class Demonstrations:
 
 @pytree
 class TrainState:
-    """Trainable state. `step` counts finished outer steps (a rollout batch, or a supervised batch)."""
+    """Trainable state. `step` counts finished outer steps (a rollout batch, or a supervised batch).
+
+    `skipped_in_row`: optimizer steps skipped for a broken gradient since the last good one. `kl_coefficient`: the
+    factor of the KL term where it adapts to a target, else unread.
+    """
 
     step: Int[Array, ""]
     params: Params
     opt_state: ArrayTree
+    skipped_in_row: Int[Array, ""] = dataclasses.field(default_factory=lambda: np.zeros((), np.int32))
+    kl_coefficient: Float[Array, ""] = dataclasses.field(default_factory=lambda: np.zeros((), np.float32))
 
 
 Metrics = dict[str, Num[Array, ""]]

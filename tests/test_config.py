@@ -78,6 +78,11 @@ def test_a_stage_of_no_steps_needs_no_schedule():
             "kl_in_reward changes the total reward, which advantages.normalize='per_rule' does not read",
         ),
         ({"model": {"compute_dtype": "float16"}}, "use 'float32' or 'bfloat16'"),
+        ({"model": {"lora": {"rank": 2}}}, "lora.rank=2 adapts a trained model: set config.model.path"),
+        (
+            {"model": {"path": "x", "freeze_vision": True, "lora": {"rank": 2, "vision_projections": ("qkv",)}}},
+            "would never be trained, since freeze_vision=True",
+        ),
     ],
 )
 def test_bad_configs_are_refused_by_name(changes, expected):

@@ -14,16 +14,18 @@ LEVELS = {
     "data.records": 1, "data.safetag_vl": 1, "data.pictograms": 1, "data.pictogram_drawing": 1,
     "data.demo_tokenizer": 1,
     "rewards.automaton": 1, "rewards.spans": 1, "sampling.logits": 1,
-    "data.images": 1, "data.packing": 1, "data.pictogram_world": 1, "data.pictogram_shapes": 1,
-    "models.layers": 1, "models.experts": 1, "models.splash": 1, "rewards.patterns": 1, "rewards.machines": 1,
+    "data.cache": 1, "data.images": 1, "data.packing": 1, "data.pictogram_world": 1, "data.pictogram_shapes": 1,
+    "models.layers": 1, "models.grouped": 1, "models.experts": 1, "models.splash": 1,
+    "rewards.patterns": 1, "rewards.machines": 1,
     "models.vision": 2, "models.windowed_vision": 2, "models.lora": 2, "models.decoder": 2,
     "data.chat": 2, "data.processor": 2, "data.sources": 2, "rewards.rules": 2,
     "sampling.cache": 1, "sampling.schedule": 1, "sampling.decode": 2, "checkpoint": 2, "metrics": 2,
     "grpo.advantages": 1, "grpo.logps": 1, "grpo.loss": 2, "grpo.optimizer": 2,
-    "models.qwen_vl": 3, "data.pipeline": 3, "rewards.compose": 3, "sampling.rollout": 3, "grpo.update": 3,
-    "models.hf_config": 4, "models.weight_table": 4, "models.hf_weights": 4, "sft": 4,
+    "models.qwen_vl": 3, "data.pipeline": 3, "rewards.compose": 3, "sampling.rollout": 3, "grpo.packing": 3,
+    "grpo.update": 3,
+    "models.hf_config": 4, "models.weight_table": 4, "models.hf_weights": 4, "policy": 4, "sft": 4,
     "evaluation": 5, "report": 5, "config": 5, "rewards.explain": 6, "programs": 6,
-    "plan": 7, "run": 7, "train": 7, "main": 8,
+    "plan": 7, "run": 7, "step": 7, "train": 7, "main": 8,
 }  # fmt: skip
 TOY_TESTABLE = ("sampling.", "rewards.", "grpo.")  # they take functions, never the model
 

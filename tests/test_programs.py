@@ -11,6 +11,7 @@ from safegrpo_jax import config as config_lib
 from safegrpo_jax import run as run_lib
 from safegrpo_jax.grpo.advantages import AdvantageConfig, group_advantages
 from safegrpo_jax.grpo.loss import LossConfig, kl_estimate
+from safegrpo_jax.grpo.optimizer import OptimizerConfig
 
 SAME_PASS = 1e-5  # the same log-probabilities by two compiled programs, in float32
 
@@ -43,8 +44,9 @@ def score(batch, **loss_settings):
     run, params, other, prompts, rollouts = batch
     config = dataclasses.replace(run.config, loss=LossConfig(**loss_settings), advantages=AdvantageConfig(scale="none"))
     programs = run_lib.build_run(config, run.workdir, ()).programs
+    coefficient = np.float32(config.loss.kl_coefficient)
     with jax.set_mesh(run.mesh):
-        experience, rewards, _ = jax.device_get(programs.score(params, other, prompts, rollouts))
+        experience, rewards, _ = jax.device_get(programs.score(params, other, prompts, rollouts, None, coefficient))
     return experience, rewards
 
 
@@ -74,9 +76,23 @@ def test_proximal_logps_are_those_of_the_policy_in_training(rollout_batch):
     experience, _ = score(rollout_batch, ratio_anchor="proximal")
     np.testing.assert_allclose(experience.proximal_logps[mask], rollouts.behavior_logps[mask], atol=SAME_PASS)
     assert np.abs(experience.reference_logps - experience.proximal_logps)[mask].max() > 100 * SAME_PASS
+    run, params = rollout_batch[:2]
+    no_reference = dataclasses.replace(run.config, loss=LossConfig(kl_estimator="none", kl_coefficient=0.0))
+    assert not jax.tree.leaves(run_lib.build_run(no_reference, run.workdir, ()).programs.freeze(params))
     unread, _ = score(rollout_batch, kl_estimator="none", kl_coefficient=0.0)
     np.testing.assert_array_equal(unread.proximal_logps, rollouts.behavior_logps)
     np.testing.assert_array_equal(unread.reference_logps, rollouts.behavior_logps)
+
+
+def test_moments_of_another_shape_are_replicated(rollout_batch):
+    """Adafactor's: of these small matrices it keeps one number in place of the factors."""
+    run, params, *_ = rollout_batch
+    config = dataclasses.replace(run.config, optimizer=OptimizerConfig(method="adafactor"))
+    programs = run_lib.build_run(config, run.workdir, ()).programs
+    with jax.set_mesh(run.mesh):
+        state = programs.init_state["grpo"](jax.tree.map(jax.numpy.copy, params))
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(programs.state_shardings["grpo"]), strict=True)
+    assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf, sharding in leaves)
 
 
 def test_sampling_has_a_layout_of_its_own(rollout_batch, tmp_path):

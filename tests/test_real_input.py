@@ -14,17 +14,18 @@ from safetensors.numpy import load_file
 
 from configs import cpu_demo
 from safegrpo_jax import config as config_lib
+from safegrpo_jax import programs, train
 from safegrpo_jax import run as run_lib
-from safegrpo_jax import train
 from safegrpo_jax.data import demo_tokenizer
 from safegrpo_jax.data.chat import ChatTokenizer
-from safegrpo_jax.models import hf_weights, qwen_vl
+from safegrpo_jax.models import hf_weights, lora, qwen_vl
 
 torch = pytest.importorskip("torch")
 datasets = pytest.importorskip("sklearn.datasets")
 transformers = pytest.importorskip("transformers")
 
 LOGITS_TOLERANCE = 1e-4  # float32 on both sides, sums in another order
+SAME_PASS = 1e-5  # the same log-probabilities by two compiled programs, in float32
 
 
 def write_model(folder, tied):
@@ -72,18 +73,21 @@ def write_photographs(folder):
     return folder
 
 
-def real_config(model, data, cache_folder, lora_rank=0):
+def real_config(model, data, cache_folder, adapters=False):
     values = cpu_demo.get_config("smoke")
     values.cache_folder = str(cache_folder)
     values.mesh.data = values.mesh.cpu_devices = 8
     values.model.path, values.data.path = str(model), str(data)
     values.model.freeze_vision = False
-    values.model.lora.rank = lora_rank
+    values.model.lora.rank = 2 if adapters else 0
+    values.model.lora.vision_projections = ("qkv",)
     values.processor.patch_size, values.processor.position_table_side = 16, 8
     values.processor.min_pixels, values.processor.max_pixels = 32 * 32, 128 * 128
     values.processor.prompt_buckets, values.processor.patch_buckets = (64,), (64,)
     values.pretrain.num_steps = values.cold_start.num_steps = 0
     values.train.replay_batch, values.loss.replay_weight = 0, 0.0
+    values.optimizer.learning_rate = 3e-3
+    values.loss.entropy_coefficient = 0.1  # every reward of a random model is 0, and so would be the gradient
     values.train.num_steps, values.train.prompts_per_step = 2, 8
     values.policy_update.num_minibatches = 1
     values.sampling.group_size, values.sampling.max_new_tokens = 2, 8
@@ -97,16 +101,18 @@ def build(config, workdir):
     return run_lib.build_run(config, workdir, run_lib.needed_splits(config))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_real_input_trains_resumes_and_exports(tied, tmp_path):
-    config = real_config(
-        write_model(tmp_path / "model", tied), write_photographs(tmp_path / "data"), tmp_path / "cache"
-    )
+@pytest.mark.parametrize(
+    ("tied", "adapters"), [(True, False), (False, False), (False, True)], ids=["tied", "untied", "adapters"]
+)
+def test_real_input_trains_resumes_and_exports(tied, adapters, tmp_path):
+    model = write_model(tmp_path / "model", tied)
+    config = real_config(model, write_photographs(tmp_path / "data"), tmp_path / "cache", adapters)
     first = build(config, tmp_path / "run")
     with jax.set_mesh(first.mesh):
         assert train.train(first, run_lib.open_metrics(first)) == 0
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert abs(rows[0]["policy/kl"]) < SAME_PASS < rows[1]["policy/kl"]  # the reference stays where GRPO began
 
     # As if the run had died after step 1: it goes on from that checkpoint to the same end.
     finished = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -125,24 +131,38 @@ def test_real_input_trains_resumes_and_exports(tied, tmp_path):
     assert (tmp_path / "run" / "export" / "model.safetensors").read_bytes() == exported
 
     check_export(second, tmp_path / "run" / "export")
+    if adapters:
+        with jax.set_mesh(second.mesh):
+            check_adapters(second, model)
 
 
-def test_adapters_of_a_real_checkpoint(tmp_path):
-    """They start at the checkpoint, are all that the optimizer holds, and leave no trace in the export."""
-    model = write_model(tmp_path / "model", tied=False)
-    config = real_config(model, write_photographs(tmp_path / "data"), tmp_path / "cache", lora_rank=2)
-    run = build(config, tmp_path / "run")
-    with jax.set_mesh(run.mesh):
-        params = run.initial_params()
-        folder = run.export(params)
-    assert jax.tree.structure(params) == jax.tree.structure(run.programs.abstract_params)
-    num_adapters = 4 * 2 * 2  # q, k, v, o; A and B; tapped and other layers
-    opt_state = jax.eval_shape(run.programs.init_state["grpo"], params).opt_state
-    assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(opt_state)) == 2 * num_adapters
-    original, exported = (load_file(where / "model.safetensors") for where in (model, folder))
+def check_adapters(run, model_folder):
+    """Only adapters moved, the export is their merge, and the reference is the checkpoint without them."""
+    start, trained = run.initial_params(), train.latest_params(run)
+    moved = jax.tree.map(lambda before, after: bool((before != after).any()), start, trained)
+    assert moved == lora.adapter_mask(start)  # text and vision, A and B
+
+    adapted = {f"self_attn.{name}_proj" for name in "qkvo"} | {"attn.qkv"}
+    original, exported = (load_file(folder / "model.safetensors") for folder in (model_folder, run.workdir / "export"))
     assert original.keys() == exported.keys()
-    for name, weight in original.items():
-        np.testing.assert_array_equal(exported[name], weight)
+    changed = {name for name in original if (original[name] != exported[name]).any()}
+    assert changed == {name for name in original if any(f".{part}.weight" in name for part in adapted)}
+
+    reference = run.programs.freeze(start)
+    num_adapters = len(jax.tree.leaves(lora.only_adapters(start)))
+    assert len(jax.tree.leaves(reference)) == num_adapters > 0
+    opt_state = jax.eval_shape(run.programs.init_state["grpo"], start).opt_state
+    assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(opt_state)) == 2 * num_adapters
+
+    prompts = run.prompts(run.records["train"][:8], 8)
+    rollouts, _ = run.programs.sampler.generate(run.programs.sampler_params(trained), prompts, jax.random.key(0))
+    experience, _, _ = run.programs.score(trained, reference, prompts, rollouts)
+    base = dataclasses.replace(run.model, lora=lora.LoraConfig())
+    logps_fn = programs.make_logps_fn(base, run_lib.banned_ids(run.processor, base), 1.0, 0, freeze_vision=True)
+    tokens = (prompts, rollouts.completion_ids, rollouts.completion_mask)
+    expected, _ = jax.jit(logps_fn)(hf_weights.load(model_folder, base), *tokens)
+    np.testing.assert_allclose(experience.reference_logps, expected, atol=SAME_PASS)
+    assert np.abs(experience.behavior_logps - expected).max() > 10 * SAME_PASS
 
 
 def check_export(run, folder):
@@ -152,7 +172,7 @@ def check_export(run, folder):
     real = prompts.prompt_mask[0]
     ids = prompts.prompt_ids[0][real]
     params = hf_weights.load(folder, run.model)
-    config = dataclasses.replace(run.model, dtype="float32")
+    config = dataclasses.replace(run.model, dtype="float32", lora=lora.LoraConfig())
     features = qwen_vl.encode_images(params, prompts.images, config)
     hidden = qwen_vl.text_hidden(
         params, prompts.prompt_ids, prompts.prompt_mask, prompts.positions, prompts.vision_mask, prompts.feature_index,

@@ -132,6 +132,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(stage, number, finished, ca
     assert len((workdir / "sessions.jsonl").read_text().splitlines()) == 2
 
 
+def test_grpo_leaves_a_frozen_tower_as_it_is(finished, cache_folder):
+    run = run_lib.build_run(toy_config(cache_folder), finished, ())
+    assert run.config.model.freeze_vision
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        run.programs.abstract_params,
+        run.programs.param_shardings,
+    )
+    before = run.store.restore_params(run.store.finished("cold_start"), abstract)
+    moved = jax.tree.map(lambda old, new: bool((old != new).any()), before, train.latest_params(run))
+    assert not any(jax.tree.leaves(moved["vision"])) and all(jax.tree.leaves(moved["text"]))
+    reference = run.programs.freeze(before)  # shares the tower with the policy
+    assert not jax.tree.leaves(reference["vision"])
+    jax.tree.map(np.testing.assert_array_equal, reference["text"], before["text"])
+
+
 def test_another_config_does_not_resume(finished, cache_folder):
     config = toy_config(cache_folder, num_steps=5)
     with pytest.raises(ValueError, match="train.num_steps was 4, is 5"):

@@ -87,7 +87,7 @@ def pack_images(
         [_first_fit(used[prompt // prompts_per_block], count, row_size) for count in prompt_counts]
         for prompt, prompt_counts in enumerate(counts)
     ]
-    rows_per_block = _ladder(max(1, *map(len, used)))
+    rows_per_block = ladder(max(1, *map(len, used)))
     first_rows = [prompt // prompts_per_block * rows_per_block for prompt in range(len(counts))]
     shifted = [
         [(first + row, offset) for row, offset in prompt_places]
@@ -106,7 +106,8 @@ def _first_fit(used: list[int], count: int, row_size: int) -> tuple[int, int]:
     return len(used) - 1, 0
 
 
-def _ladder(count: int) -> int:
+def ladder(count: int) -> int:
+    """`count`, at least 1, rounded up on 1, 2, 3, 4, 6, 8, 12, 16 ..."""
     power = 1 << (count - 1).bit_length()
     three_quarters = power * 3 // 4
     return three_quarters if power >= 4 and count <= three_quarters else power

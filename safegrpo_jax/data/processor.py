@@ -10,12 +10,11 @@ programs see a few shapes. What is made of an image or a prompt is kept, because
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from jaxtyping import UInt8
 from transformers import PreTrainedTokenizerBase
 
 from safegrpo_jax.data import images
+from safegrpo_jax.data.cache import SizedCache
 from safegrpo_jax.data.chat import ChatTokenizer
 from safegrpo_jax.data.packing import ExpandedPrompt, expand_images, pack_images, share_of, smallest_bucket
 from safegrpo_jax.data.records import BadRow, Record
@@ -152,8 +152,8 @@ class Processor:
             except (OSError, ValueError) as error:
                 raise ValueError(f"processor.instruction_file {config.instruction_file}: {error}") from None
         self._byte_values = images.normalisation_table(config.image_mean, config.image_std)
-        self._images = _Cache(config.cache_bytes)
-        self._texts = _Cache(_MAX_CACHED_TEXTS)
+        self._images = SizedCache(config.cache_bytes)
+        self._texts = SizedCache(_MAX_CACHED_TEXTS)
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, config: ProcessorConfig) -> Processor:
@@ -393,25 +393,3 @@ def _labels(records: Sequence[Record]) -> Labels:
 
 def _image_bytes(image: EncodedImage) -> int:
     return image.patches.nbytes
-
-
-class _Cache:
-    """Least recently used values up to a total size, 1 each unless measured. Keys compare by content, so no two
-    data sets can be taken for each other; the hash of bytes and str is computed once and kept by Python."""
-
-    def __init__(self, max_size: int):
-        self._max_size = max_size
-        self._size = 0
-        self._values: collections.OrderedDict[Hashable, tuple[Any, int]] = collections.OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], Any], measure: Callable[[Any], int] = lambda value: 1) -> Any:
-        if key in self._values:
-            self._values.move_to_end(key)
-            return self._values[key][0]
-        value = make()
-        self._values[key] = (value, measure(value))
-        self._size += self._values[key][1]
-        while self._size > self._max_size:
-            _, (_, size) = self._values.popitem(last=False)
-            self._size -= size
-        return value

@@ -6,6 +6,7 @@ A group whose rewards are all equal carries no signal: it is found by max == min
 deviation, because a rounding error of 1e-8 divided by an epsilon of 1e-6 is not a small number.
 
 Source: GRPO (arXiv 2402.03300) eq. 4 of outcome supervision; Dr. GRPO (arXiv 2503.20783) for `scale="none"`;
+RLOO (arXiv 2402.14740) for `baseline="leave_one_out"`;
 verl `core_algos.compute_grpo_outcome_advantage`, TRL `GRPOTrainer` (`scale_rewards`); GDPO (arXiv 2601.05242) and TRL
 "normalize_then_sum" for `normalize="per_rule"`.
 """
@@ -23,6 +24,7 @@ from safegrpo_jax.types import Array, Metrics
 SCALES = ("group", "batch", "none")
 NORMALIZE = ("total", "per_rule")
 CREDIT = ("completion", "span")
+BASELINES = ("group", "leave_one_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ class AdvantageConfig:
 
     `scale` divides the centred rewards by: "group", the sample standard deviation of the group;
     "batch", that of all rewards of the batch; "none", nothing. `epsilon` is added to the divisor.
+    `baseline`, what is taken from a reward: "group", the mean of its group; "leave_one_out", that of the others of the
+    group, which does not depend on the reward itself.
     `normalize`: "total" compares the total rewards of a group; "per_rule" compares each rule alone, so that a rule
     that spreads little counts as much as its weight says, and scales the weighted sum to unit spread in the batch.
     `credit`: "completion" gives all tokens of a rollout its advantage; "span" gives the tokens of each tag the
@@ -38,12 +42,18 @@ class AdvantageConfig:
     """
 
     scale: str = "group"
+    baseline: str = "group"
     epsilon: float = 1e-6
     normalize: str = "total"
     credit: str = "completion"
 
     def __post_init__(self):
-        for name, allowed in (("scale", SCALES), ("normalize", NORMALIZE), ("credit", CREDIT)):
+        for name, allowed in (
+            ("scale", SCALES),
+            ("baseline", BASELINES),
+            ("normalize", NORMALIZE),
+            ("credit", CREDIT),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"advantage {name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
         if self.normalize == "per_rule" and self.scale == "none":
@@ -76,6 +86,8 @@ def group_advantages(
     else:
         constant = groups.max(1, keepdims=True) == groups.min(1, keepdims=True)
         centred = groups - groups.mean(1, keepdims=True)
+        if config.baseline == "leave_one_out":  # r - (sum - r) / (g - 1) = (r - mean) * g / (g - 1)
+            centred = centred * (group_size / (group_size - 1))
         group_std = jnp.where(constant, 0.0, groups.std(1, ddof=1, keepdims=True))
     match config.scale:
         case "group":

@@ -49,6 +49,8 @@ class LossConfig:
     `kl_estimator`: one of KL_ESTIMATORS; "none" reads no reference log-probabilities and reports no KL.
     `kl_in_reward`: kl_coefficient times the summed KL estimate of sampling is taken from the reward of a completion,
     before the advantages, instead of added to the loss.
+    `kl_target`: where positive, the KL coefficient starts at `kl_coefficient` and follows this KL, see
+    `adapted_kl_coefficient`; `kl_horizon` rollouts away from it by a fifth or more change it by a fifth.
     `aggregation`: one of AGGREGATIONS, applied to surrogate, KL and entropy alike.
     `norm_length`: divisor of "seq_mean_token_sum_norm"; 0 takes the padded completion length.
     `normalizer`: "global" divides by counts of the mini-batch; "micro" takes the mean over microbatches
@@ -67,6 +69,8 @@ class LossConfig:
     kl_estimator: str = "k3"
     kl_coefficient: float = 0.01
     kl_in_reward: bool = False
+    kl_target: float = 0.0
+    kl_horizon: int = 10_000
     entropy_coefficient: float = 0.0
     aggregation: str = "token_mean"
     norm_length: int = 0
@@ -93,6 +97,11 @@ class LossConfig:
         if self.kl_estimator == "none" and (self.kl_coefficient or self.kl_in_reward):
             raise ValueError(
                 "loss kl_estimator is 'none': set kl_coefficient to 0 and kl_in_reward to False, or choose one"
+            )
+        if self.kl_target < 0 or self.kl_horizon < 1 or (self.kl_target and not self.kl_coefficient):
+            raise ValueError(
+                f"loss kl_target is {self.kl_target}, kl_horizon {self.kl_horizon}, kl_coefficient "
+                f"{self.kl_coefficient}; use a horizon >= 1 and a coefficient > 0 to start from, or target 0 for none"
             )
         if self.correction_cap <= 0:
             raise ValueError(f"loss correction_cap is {self.correction_cap}; use a number > 0")
@@ -168,6 +177,19 @@ def kl_estimate(
     raise ValueError(f"KL estimator is {estimator!r}; use one of {', '.join(KL_ESTIMATORS[:3])}")
 
 
+def adapted_kl_coefficient(
+    coefficient: Float[Array, ""], kl: Float[Array, ""], num_rollouts: int, config: LossConfig
+) -> Float[Array, ""]:
+    """The coefficient for the next step, after `num_rollouts` rollouts at a mean KL of `kl`.
+
+    Proportional control with the relative error cut at a fifth. A KL that is not finite changes nothing.
+    Source: Ziegler et al. (arXiv 1909.08593) section 2.2.
+    """
+    error = jnp.clip(kl / config.kl_target - 1.0, -0.2, 0.2)
+    adapted = coefficient * (1.0 + error * num_rollouts / config.kl_horizon)
+    return jnp.where(jnp.isfinite(kl), adapted, coefficient)
+
+
 def token_weights(
     mask: Bool[Array, "n c"], aggregation: str, num_blocks: int = 1, norm_length: int = 0
 ) -> Float[Array, "n c"]:
@@ -234,6 +256,7 @@ def grpo_loss(
     weights: Float[Array, "n c"],
     num_tokens: Float[Array, ""],
     config: LossConfig,
+    kl_coefficient: Float[Array, ""] | float | None = None,
 ) -> tuple[Float[Array, ""], Metrics, Metrics]:
     """Loss of some rows of a mini-batch, its additive metrics, and the metrics of which to take the maximum.
 
@@ -242,8 +265,10 @@ def grpo_loss(
     those of the mini-batch. Only `policy_logps` and, if it has a coefficient, `entropy` carry gradient.
     `proximal_logps` is read for `ratio_anchor` "proximal" alone. Clip fractions, ratios, importance weights and gaps
     are token means; loss, surrogate, KL and entropy follow the aggregation. The importance ratios are those of the
-    policy over the behaviour, as they are, without a cap.
+    policy over the behaviour, as they are, without a cap. `kl_coefficient` takes the place of the config's.
     """
+    if kl_coefficient is None:
+        kl_coefficient = config.kl_coefficient
     anchor_logps = {
         "behavior": behavior_logps,
         "proximal": proximal_logps,
@@ -277,7 +302,7 @@ def grpo_loss(
     if config.kl_estimator != "none":
         sums["policy/kl"] = aggregate(kl_estimate(policy_logps, reference_logps, config.kl_estimator))
         if not config.kl_in_reward:
-            loss = loss + config.kl_coefficient * sums["policy/kl"]
+            loss = loss + kl_coefficient * sums["policy/kl"]
     maxima = {
         "policy/ratio_max": jnp.max(jnp.where(mask, ratio, 0.0)),
         "policy/behavior_gap_max": jnp.max(jnp.where(mask, gap, 0.0)),

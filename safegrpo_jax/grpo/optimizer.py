@@ -1,10 +1,11 @@
-"""The optimizer: clip by global norm, AdamW, a learning-rate schedule, frozen leaves.
+"""The optimizer: clip by global norm, AdamW or Adafactor, a learning-rate schedule, frozen leaves.
 
 Owns one optax chain and the schedule; knows nothing of models, losses or batches. Frozen leaves are
 taken out of the tree (None in their place) before optax sees it, so they have no moments, no decay and
 no part in the norm. The rate last used is kept in the state, where a report can read it.
 
-Source: AdamW (arXiv 1711.05101); defaults are those of torch, which the published run inherits.
+Source: AdamW (arXiv 1711.05101); defaults are those of torch, which the published run inherits. Adafactor (arXiv
+1804.04235) in optax's parts, for where 8 bytes of moments a parameter are too many.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from jaxtyping import Float, Int
 from safegrpo_jax.types import Array, ArrayTree, Params
 
 SCHEDULES = ("constant", "linear", "cosine")
+METHODS = ("adamw", "adafactor")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule.
+    """The method and its schedule.
+
+    `method`: "adamw", or "adafactor", which keeps for a matrix the mean squares of its rows and columns alone, bounds
+    the root mean square of an update at 1 and has no momentum: `beta1`, `beta2` and `epsilon` are AdamW's.
 
     `schedule` starts after a linear warm-up of `warmup_steps`, holds or falls to `final_ratio` times
     the peak at `total_steps` and stays there. Both counts are in schedule steps, one of which is
@@ -32,6 +37,7 @@ class OptimizerConfig:
     `clip_norm` bounds the global L2 norm of the gradient; 0 is off. Weight decay acts on every trainable leaf.
     """
 
+    method: str = "adamw"
     learning_rate: float = 1e-6
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -45,6 +51,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"optimizer method is {self.method!r}; use one of {', '.join(METHODS)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optimizer schedule is {self.schedule!r}; use one of {', '.join(SCHEDULES)}")
         if self.schedule != "constant" and self.total_steps <= self.warmup_steps:
@@ -108,7 +116,7 @@ def merge_trainable(trainable: ArrayTree, params: Params) -> Params:
 
 
 def make_optimizer(config: OptimizerConfig, trainable_mask: ArrayTree | None) -> optax.GradientTransformation:
-    """AdamW over the leaves where `trainable_mask` is True (None: all).
+    """The optimizer over the leaves where `trainable_mask` is True (None: all).
 
     `update` needs `params`, ignores gradients of frozen leaves (they may be None) and returns zeros for them.
     """
@@ -121,9 +129,14 @@ def make_optimizer(config: OptimizerConfig, trainable_mask: ArrayTree | None) ->
         updates = jax.tree.map(lambda update: -rate.astype(update.dtype) * update, updates)
         return updates, LearningRateState(optax.safe_increment(state.num_updates), rate)
 
+    match config.method:
+        case "adamw":
+            direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+        case "adafactor":
+            direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        direction,
         optax.add_decayed_weights(config.weight_decay),
         optax.GradientTransformation(init_rate, scale_by_rate),
     )

@@ -29,16 +29,21 @@ def attend(
     *,
     causal: bool,
     implementation: str,
+    prefix_ids: Int[Array, "n t"] | None = None,
 ) -> Float[Array, "n h t e"]:
     """Attention of every token to the tokens of its segment (up to itself when `causal`). Key head j serves
     query heads [j*h/k, (j+1)*h/k). Rows of segment 0 come out finite and meaningless.
 
+    With `prefix_ids` a token also sees the tokens of that segment: a prompt that several responses share.
+
     Raises:
-      ValueError: unknown implementation.
+      ValueError: unknown implementation, or prefixes for the splash kernel, whose masks are equal segments.
     """
+    if prefix_ids is not None and implementation != "reference":
+        raise ValueError(f"attention {implementation!r} cannot share prompts in a row; use 'reference'")
     match implementation:
         case "reference":
-            return _attend_reference(query, keys, values, segment_ids, causal)
+            return _attend_reference(query, keys, values, segment_ids, prefix_ids, causal)
         case "splash" | "splash_interpret":
             interpret = implementation == "splash_interpret"
             return attend_splash(query, keys, values, segment_ids, causal, interpret).astype(values.dtype)
@@ -46,10 +51,13 @@ def attend(
             raise ValueError(f"attention implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
 
 
-def _attend_reference(query, keys, values, segment_ids, causal):
+def _attend_reference(query, keys, values, segment_ids, prefix_ids, causal):
     n, h, t, e = query.shape
     k = keys.shape[1]
-    visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, None, :] > 0)
+    visible = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if prefix_ids is not None:
+        visible |= prefix_ids[:, :, None] == segment_ids[:, None, :]
+    visible &= segment_ids[:, None, :] > 0
     if causal:
         visible &= jnp.tri(t, dtype=bool)
     bias = jnp.where(visible, 0.0, MASKED_SCORE)[:, None, None]
@@ -64,10 +72,10 @@ def _attend_reference(query, keys, values, segment_ids, causal):
 
 def attend_cache(
     query: Float[Array, "n h e"],
-    prefix_keys: Float[Array, "b k p e"],
+    prefix_keys: Float[Array, "b k e p"],
     prefix_values: Float[Array, "b k p e"],
     prefix_mask: Bool[Array, "b p"],
-    private_keys: Float[Array, "n k s e"],
+    private_keys: Float[Array, "n k e s"],
     private_values: Float[Array, "n k s e"],
     view: CacheView,
 ) -> Float[Array, "n h e"]:
@@ -83,28 +91,66 @@ def attend_cache(
     take = jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"))
 
     seated = take(query.reshape(z, n // z, h, e), view.slot_of_seat).reshape(b, g, k, r, e).swapaxes(1, 2)
-    prefix = _attend_part(seated.reshape(b, k, g * r, e), prefix_keys, prefix_values, prefix_mask)
+    scores = _score("nkqe,nkes->nkqs", seated.reshape(b, k, g * r, e), prefix_keys)
+    prefix = _attend_part(scores, prefix_values, prefix_mask[:, None, None])
     prefix = prefix.reshape(b, k, g, r, e + 2).swapaxes(1, 2).reshape(z, b // z * g, k, r, e + 2)
     prefix = take(prefix, view.seat_of_slot).reshape(n, k, r, e + 2)
 
-    columns = private_keys.shape[2]
+    columns = private_keys.shape[3]
     age = (view.column - jnp.arange(columns)) % columns
     visible = age < view.private_len[:, None]
-    private = _attend_part(query.reshape(n, k, r, e), private_keys, private_values, visible)
-
-    highest = jnp.maximum(prefix[..., e], private[..., e])
-    shares = [jnp.exp(part[..., e] - highest) for part in (prefix, private)]
-    total = sum(share * part[..., e + 1] for share, part in zip(shares, (prefix, private), strict=True))
-    summed = sum(share[..., None] * part[..., :e] for share, part in zip(shares, (prefix, private), strict=True))
-    return (summed / total[..., None]).reshape(n, h, e).astype(query.dtype)
+    scores = _score("nkqe,nkes->nkqs", query.reshape(n, k, r, e), private_keys)
+    private = _attend_part(scores, private_values, visible[:, None, None])
+    return _merge_parts(prefix, private).reshape(n, h, e).astype(query.dtype)
 
 
-def _attend_part(query, keys, values, visible):
-    """Attention [n k q e] over one part of the keys, not yet normalised, joined on the last axis by the highest
-    score and the sum of the exponentials: [n k q e+2] float32."""
-    scores = jnp.einsum("nkqe,nkse->nkqs", query, keys, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
-    scores = jnp.where(visible[:, None, None], scores, MASKED_SCORE)
-    highest = scores.max(-1, keepdims=True)
+def attend_continuations(
+    query: Float[Array, "n h c e"],
+    keys: Float[Array, "n k c e"],
+    values: Float[Array, "n k c e"],
+    mask: Bool[Array, "n c"],
+    prefix_keys: Float[Array, "b k p e"],
+    prefix_values: Float[Array, "b k p e"],
+    prefix_mask: Bool[Array, "b p"],
+) -> Float[Array, "n h c e"]:
+    """Tokens that continue prompt row r // (n // b) attend to that prompt and, causally, to their own row.
+
+    Two parts, merged by their log-sum-exp: a prompt's keys meet the queries of all its rows in one product.
+    """
+    (n, h, c, e), (b, k) = query.shape, prefix_keys.shape[:2]
+    g, r = n // b, h // k
+    grouped = query.reshape(n, k, r * c, e)
+    by_prompt = grouped.reshape(b, g, k, r * c, e).swapaxes(1, 2).reshape(b, k, g * r * c, e)
+    scores = _score("nkqe,nkse->nkqs", by_prompt, prefix_keys)
+    prefix = _attend_part(scores, prefix_values, prefix_mask[:, None, None])
+    prefix = prefix.reshape(b, k, g, r * c, e + 2).swapaxes(1, 2).reshape(n, k, r * c, e + 2)
+    causal = jnp.tile(jnp.tri(c, dtype=bool), (r, 1))
+    own = _attend_part(_score("nkqe,nkse->nkqs", grouped, keys), values, mask[:, None, None] & causal)
+    return _merge_parts(prefix, own).reshape(n, h, c, e).astype(values.dtype)
+
+
+def _merge_parts(first, second):
+    """Attention over both parts of the keys, from what `_attend_part` gave for each."""
+    e = first.shape[-1] - 2
+    highest = jnp.maximum(first[..., e], second[..., e])
+    shares = [jnp.exp(part[..., e] - highest) for part in (first, second)]
+    total = sum(share * part[..., e + 1] for share, part in zip(shares, (first, second), strict=True))
+    summed = sum(share[..., None] * part[..., :e] for share, part in zip(shares, (first, second), strict=True))
+    return summed / total[..., None]
+
+
+def _score(subscripts, query, keys):
+    return jnp.einsum(subscripts, query, keys, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+
+
+def _attend_part(scores, values, visible):
+    """Attention [n k q e] over one part of the keys, from its scores [n k q s], not yet normalised, joined on the last
+    axis by the highest score and the sum of the exponentials: [n k q e+2] float32. `visible` broadcasts against the
+    scores.
+    """
+    scores = jnp.where(visible, scores, MASKED_SCORE)
+    # The result does not depend on it: without a gradient of its own it costs none.
+    highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - highest)
     summed = jnp.einsum("nkqs,nkse->nkqe", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return jnp.concatenate([summed, highest, weights.sum(-1, keepdims=True)], axis=-1)

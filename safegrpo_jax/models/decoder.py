@@ -10,6 +10,7 @@ modeling_qwen3_vl_moe.py, modeling_qwen2_5_vl.py (numeric oracles).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from safegrpo_jax.models.attention import attend, attend_cache
+from safegrpo_jax.models.attention import attend, attend_cache, attend_continuations
 from safegrpo_jax.models.experts import ExpertMLP
 from safegrpo_jax.models.layers import (
     INIT_STD,
@@ -98,9 +99,10 @@ class TextBlock(nnx.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.has_experts = config.num_experts > 0
         self.mlp = (
             ExpertMLP(config.width, config.expert_width, config.num_experts, config.experts_per_token, rngs)
-            if config.num_experts
+            if self.has_experts
             else GatedMLP(config.width, config.mlp_width, bias=False, rngs=rngs)
         )
 
@@ -115,12 +117,16 @@ class TextBlock(nnx.Module):
         query, keys = query.swapaxes(1, 2), keys.swapaxes(1, 2)
         return rotate(query, cos, sin), rotate(keys, cos, sin), self.v(x).swapaxes(1, 2)
 
-    def finish(self, x: Float[Array, "n t d"], attended: Float[Array, "n h t e"]) -> Float[Array, "n t d"]:
+    def finish(
+        self, x: Float[Array, "n t d"], attended: Float[Array, "n h t e"], execution: Execution
+    ) -> Float[Array, "n t d"]:
         """The block's output from its input and the attention output."""
         shape = x.shape
         # One long axis of tokens: contracting two axes in the weight gradients costs a sixth of a CPU step.
         x = (x + self.o(attended.swapaxes(1, 2))).reshape(-1, shape[-1])
-        return (x + self.mlp(self.mlp_norm(x))).reshape(shape)
+        y = self.mlp_norm(x)
+        y = self.mlp(y, execution.experts) if self.has_experts else self.mlp(y)
+        return (x + y).reshape(shape)
 
 
 class TextDecoder(nnx.Module):
@@ -142,15 +148,16 @@ class TextDecoder(nnx.Module):
     def run(
         self,
         x: Float[Array, "n t d"],
-        mask: Bool[Array, "n t"],
+        mask: Bool[Array, "n t"] | Int[Array, "n t"],
         positions: Int[Array, "3 n t"],
         vision_mask: Bool[Array, "n t"],
         feature_index: Int[Array, "n t"],
         deepstack: Float[Array, "taps m d"],
         execution: Execution,
         keep_cache: bool,
+        prefix_ids: Int[Array, "n t"] | None = None,
     ) -> tuple[Float[Array, "n t d"], tuple]:
-        """All blocks over whole rows, without the final norm.
+        """All blocks over whole rows, without the final norm. `mask` and `prefix_ids` as in `qwen_vl.text_hidden`.
 
         Returns:
           Hidden states, and with `keep_cache` the (keys, values) of each layer, [n k t e], else an empty tuple.
@@ -160,8 +167,17 @@ class TextDecoder(nnx.Module):
 
         def body(x, block):
             query, keys, values = block.heads(x, cos, sin)
-            attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
-            return spread_tokens(block.finish(x, attended)), (keys, values) if keep_cache else None
+            attended = attend(
+                query,
+                keys,
+                values,
+                segment_ids,
+                causal=True,
+                implementation=execution.attention,
+                prefix_ids=prefix_ids,
+            )
+            x = spread_tokens(block.finish(x, attended, execution))
+            return x, (keys, values) if keep_cache else None
 
         def deepstack_body(x, layer):
             block, features = layer
@@ -175,6 +191,49 @@ class TextDecoder(nnx.Module):
         x, rest = run_layers(body, x, self.layers, execution)
         return x, first + rest if keep_cache else ()
 
+    def run_continuations(
+        self,
+        x: Float[Array, "b p d"],
+        mask: Bool[Array, "b p"],
+        positions: Int[Array, "3 b p"],
+        vision_mask: Bool[Array, "b p"],
+        feature_index: Int[Array, "b p"],
+        deepstack: Float[Array, "taps m d"],
+        y: Float[Array, "n c d"],
+        y_mask: Bool[Array, "n c"],
+        y_positions: Int[Array, "n c"],
+        execution: Execution,
+    ) -> tuple[Float[Array, "b p d"], Float[Array, "n c d"]]:
+        """As `run` on every row of `y` behind its prompt, r // (n // b), but each prompt is computed once."""
+        cos, sin = self._rotation(positions, execution)
+        y_cos, y_sin = self._rotation(jnp.broadcast_to(y_positions, (3, *y_positions.shape)), execution)
+        segment_ids = mask.astype(jnp.int32)
+
+        def body(carry, block):
+            x, y = carry
+            query, keys, values = block.heads(x, cos, sin)
+            attended = attend(query, keys, values, segment_ids, causal=True, implementation=execution.attention)
+            own = block.heads(y, y_cos, y_sin)
+            continued = attend_continuations(*own, y_mask, keys, values, mask)
+            x, y = block.finish(x, attended, execution), block.finish(y, continued, execution)
+            return (spread_tokens(x), spread_tokens(y)), None
+
+        def deepstack_body(carry, layer):
+            block, features = layer
+            (x, y), _ = body(carry, block)
+            added = jnp.where(vision_mask[..., None], features[feature_index].astype(x.dtype), 0)
+            return (x + added, y), None
+
+        carry = (spread_tokens(x), spread_tokens(y))
+        if self.deepstack_layers is not None:
+            carry, _ = run_layers(deepstack_body, carry, (self.deepstack_layers, deepstack), execution)
+        return run_layers(body, carry, self.layers, execution)[0]
+
+    def blocks(self) -> list[TextBlock]:
+        """All blocks in order, cut out of their stacks."""
+        stacks = [stack for stack in (self.deepstack_layers, self.layers) if stack is not None]
+        return [block for stack in stacks for block in unstack(stack)]
+
     def decode(
         self,
         token_ids: Int[Array, "n"],
@@ -182,17 +241,22 @@ class TextDecoder(nnx.Module):
         view: CacheView,
         cache: KVCache,
         execution: Execution,
+        blocks: Sequence[TextBlock] | None = None,
     ) -> tuple[Float[Array, "n d"], KVCache]:
-        """One token per slot through all blocks and the final norm; its keys and values go to `view.column`."""
+        """One token per slot through all blocks and the final norm; its keys and values go to `view.column`.
+
+        `blocks` from `self.blocks()` where they were cut out of their stacks before.
+        """
         x = self.embed_tokens(token_ids[:, None], execution)
         cos, sin = self._rotation(jnp.broadcast_to(positions[None, :, None], (3, len(positions), 1)), execution)
         private_keys, private_values = [], []
-        stacks = [stack for stack in (self.deepstack_layers, self.layers) if stack is not None]
-        for index, block in enumerate(block for stack in stacks for block in unstack(stack)):
+        for index, block in enumerate(self.blocks() if blocks is None else blocks):
             query, keys, values = block.heads(x, cos, sin)
-            place = (0, 0, view.column, 0)
-            private_keys.append(jax.lax.dynamic_update_slice(cache.private_keys[index], keys, place))
-            private_values.append(jax.lax.dynamic_update_slice(cache.private_values[index], values, place))
+            for rings, old, new, axis in (
+                (private_keys, cache.private_keys[index], keys.swapaxes(2, 3), 3),
+                (private_values, cache.private_values[index], values, 2),
+            ):
+                rings.append(jax.lax.dynamic_update_slice_in_dim(old, new, view.column, axis))
             attended = attend_cache(
                 query[:, :, 0],
                 cache.prefix_keys[index],
@@ -202,7 +266,7 @@ class TextDecoder(nnx.Module):
                 private_values[-1],
                 view,
             )
-            x = block.finish(x, attended[:, :, None])
+            x = block.finish(x, attended[:, :, None], execution)
         cache = dataclasses.replace(cache, private_keys=tuple(private_keys), private_values=tuple(private_values))
         return self.norm(x)[:, 0], cache
 

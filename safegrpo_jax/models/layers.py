@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
-from safegrpo_jax.models.attention import IMPLEMENTATIONS
+from safegrpo_jax.models import attention, grouped
 from safegrpo_jax.models.splash import HEAD_AXIS
 from safegrpo_jax.sharding import BATCH_AXES
 from safegrpo_jax.types import Array
@@ -32,19 +32,22 @@ class Execution:
     """How a model is computed, as opposed to what it is.
 
     Raises:
-      ValueError: unknown dtype or attention implementation.
+      ValueError: unknown dtype, or implementation of attention or experts.
     """
 
     dtype: str = "float32"
     scan_layers: bool = False
     remat: bool = False
     attention: str = "reference"
+    experts: str = "ragged_dot"
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"model dtype {self.dtype!r} is not one of {sorted(DTYPES)}")
-        if self.attention not in IMPLEMENTATIONS:
-            raise ValueError(f"attention {self.attention!r} is not one of {IMPLEMENTATIONS}")
+        if self.attention not in attention.IMPLEMENTATIONS:
+            raise ValueError(f"attention {self.attention!r} is not one of {attention.IMPLEMENTATIONS}")
+        if self.experts not in grouped.IMPLEMENTATIONS:
+            raise ValueError(f"experts {self.experts!r} is not one of {grouped.IMPLEMENTATIONS}")
 
     @property
     def compute_dtype(self) -> jnp.dtype:

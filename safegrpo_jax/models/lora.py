@@ -93,6 +93,16 @@ def adapter_mask(params: ArrayTree) -> ArrayTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ADAPTER_LEAVES, params)
 
 
+def trainable_mask(abstract_params: Params, freeze_vision: bool) -> ArrayTree:
+    """True for every parameter that a stage trains: the adapters where there are any, else all of them."""
+    mask = adapter_mask(abstract_params)
+    if not any(jax.tree.leaves(mask)):
+        mask = jax.tree.map(lambda _: True, abstract_params)
+    if freeze_vision:
+        mask["vision"] = jax.tree.map(lambda _: False, mask["vision"])
+    return mask
+
+
 def without_adapters(params: ArrayTree) -> ArrayTree:
     """The base model's part of a tree: parameters, shapes or shardings."""
     return _filter(params, lambda name: name not in ADAPTER_LEAVES)

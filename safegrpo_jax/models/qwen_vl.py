@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from safegrpo_jax.models.decoder import TextConfig, TextDecoder
+from safegrpo_jax.models.decoder import TextBlock, TextConfig, TextDecoder
 from safegrpo_jax.models.layers import Execution
 from safegrpo_jax.models.lora import LoraConfig, adapt, only_adapters
 from safegrpo_jax.models.vision import VisionConfig
@@ -33,11 +34,11 @@ class QwenVLConfig:
     """A Qwen-VL model: what it is (`vision`, `text`, token ids) and how it is computed (the rest).
 
     `dtype` is the compute dtype, "float32" or "bfloat16"; parameters keep their own. `scan_layers` compiles one
-    block for each stack instead of all; `remat` recomputes blocks in the backward pass; `attention` names the
-    implementation (attention.py); `lora` adds adapters to the parameters.
+    block for each stack instead of all; `remat` recomputes blocks in the backward pass; `attention` and `experts` name
+    implementations (attention.py, grouped.py); `lora` adds adapters to the parameters.
 
     Raises:
-      ValueError: sizes that do not fit together, unknown dtype or attention implementation.
+      ValueError: sizes that do not fit together, unknown dtype or implementation.
     """
 
     vision: VisionConfig | WindowedVisionConfig
@@ -50,6 +51,7 @@ class QwenVLConfig:
     scan_layers: bool = False
     remat: bool = False
     attention: str = "reference"
+    experts: str = "ragged_dot"
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
@@ -61,11 +63,11 @@ class QwenVLConfig:
         for name in TOKEN_ID_NAMES:
             if not 0 <= getattr(self, name) < self.text.vocab_size:
                 raise ValueError(f"{name} {getattr(self, name)} is outside the vocabulary of {self.text.vocab_size}")
-        _ = self.execution  # an unknown dtype or attention is refused here, not at the first call
+        _ = self.execution  # an unknown dtype or implementation is refused here, not at the first call
 
     @property
     def execution(self) -> Execution:
-        return Execution(self.dtype, self.scan_layers, self.remat, self.attention)
+        return Execution(self.dtype, self.scan_layers, self.remat, self.attention, self.experts)
 
     @property
     def family(self) -> str:
@@ -132,7 +134,7 @@ def cast_weights(params: Params, config: QwenVLConfig) -> Params:
     dtype = config.execution.compute_dtype
 
     def copy(path, leaf):
-        return leaf.astype(dtype) if path[-1].key in _MATRIX_NAMES else leaf
+        return jnp.array(leaf, dtype if path[-1].key in _MATRIX_NAMES else leaf.dtype, copy=True)
 
     return jax.tree_util.tree_map_with_path(copy, params)
 
@@ -161,24 +163,66 @@ def gather_vision(params: Params, config: QwenVLConfig) -> Params:
 def text_hidden(
     params: Params,
     token_ids: Int[Array, "n t"],
-    mask: Bool[Array, "n t"],
+    mask: Bool[Array, "n t"] | Int[Array, "n t"],
     positions: Int[Array, "3 n t"],
     vision_mask: Bool[Array, "n t"],
     feature_index: Int[Array, "n t"],
     features: VisionFeatures,
     config: QwenVLConfig,
+    prefix_ids: Int[Array, "n t"] | None = None,
 ) -> Float[Array, "n t d"]:
     """Hidden states after the final norm, in the compute dtype.
 
     Where `vision_mask` is True the token is replaced by row `feature_index` of `features`. Tokens with a False
-    `mask` influence no other token; their own hidden states are finite and meaningless.
+    `mask` influence no other token; their own hidden states are finite and meaningless. A row of several sequences
+    has their numbers, 1 and up, for a mask: tokens see those of their own number alone, and with `prefix_ids` also
+    those of that number.
     """
     decoder = _text(params, config)
     x = _splice(decoder, token_ids, vision_mask, feature_index, features, config)
     x, _ = decoder.run(
-        x, mask, positions, vision_mask, feature_index, features.deepstack, config.execution, keep_cache=False
+        x,
+        mask,
+        positions,
+        vision_mask,
+        feature_index,
+        features.deepstack,
+        config.execution,
+        keep_cache=False,
+        prefix_ids=prefix_ids,
     )
     return decoder.norm(x)
+
+
+def continuation_hidden(
+    params: Params,
+    prompts: Prompts,
+    features: VisionFeatures,
+    token_ids: Int[Array, "n c"],
+    mask: Bool[Array, "n c"],
+    positions: Int[Array, "n c"],
+    config: QwenVLConfig,
+) -> tuple[Float[Array, "b d"], Float[Array, "n c d"]]:
+    """Hidden states after the final norm: of each prompt's last token, and of all tokens of its continuations.
+
+    Row r continues prompt r // (n // b), whose tokens are computed once. The prompts are left-padded; continuations
+    hold no image, and their `positions` are equal on all axes.
+    """
+    decoder = _text(params, config)
+    x = _splice(decoder, prompts.prompt_ids, prompts.vision_mask, prompts.feature_index, features, config)
+    x, y = decoder.run_continuations(
+        x,
+        prompts.prompt_mask,
+        prompts.positions,
+        prompts.vision_mask,
+        prompts.feature_index,
+        features.deepstack,
+        decoder.embed_tokens(token_ids, config.execution),
+        mask,
+        positions,
+        config.execution,
+    )
+    return decoder.norm(x[:, -1]), decoder.norm(y)
 
 
 def logits_from_hidden(
@@ -216,12 +260,22 @@ def decode_hidden(
     view: CacheView,
     cache: KVCache,
     config: QwenVLConfig,
+    blocks: Sequence[TextBlock] | None = None,
 ) -> tuple[Float[Array, "n d"], KVCache]:
     """One decode step: hidden states after the final norm, and the cache with private column `view.column` written.
 
     Each slot attends to the prefix it sits at and to its own private columns, that of this token included.
+    `blocks` from `decode_blocks`, once for many steps.
     """
-    return _text(params, config).decode(token_ids, positions, view, cache, config.execution)
+    return _text(params, config).decode(token_ids, positions, view, cache, config.execution, blocks)
+
+
+def decode_blocks(params: Params, config: QwenVLConfig) -> list[TextBlock] | None:
+    """The blocks cut out of their stacks, a copy of them all: in a loop on a CPU every step would make that copy.
+
+    None with `scan_layers`, the choice for models of which there is no room for two.
+    """
+    return None if config.scan_layers else _text(params, config).blocks()
 
 
 def _make_vision(config, rngs):

@@ -19,15 +19,16 @@ from jax.sharding import Mesh
 from safegrpo_jax import config as config_lib
 from safegrpo_jax.config import Config
 from safegrpo_jax.data.packing import pack_images, smallest_bucket
+from safegrpo_jax.grpo.packing import pack_rollouts
 from safegrpo_jax.models import hf_config
 from safegrpo_jax.models.qwen_vl import PUBLISHED_SIZES, QwenVLConfig
 from safegrpo_jax.programs import Programs, build_programs
 from safegrpo_jax.rewards.automaton import build_tables
-from safegrpo_jax.sampling.cache import PrivateCache
+from safegrpo_jax.sampling.cache import KEY_COLUMNS, VALUE_COLUMNS, PrivateCache
 from safegrpo_jax.sampling.decode import Queue
 from safegrpo_jax.sampling.rollout import Sampler
 from safegrpo_jax.sharding import batch_axis, batch_sharding, replicate
-from safegrpo_jax.types import ArrayTree, Demonstrations, Labels, PackedImages, Prompts, Rollouts
+from safegrpo_jax.types import ArrayTree, Demonstrations, Labels, PackedImages, Packing, Prompts, Rollouts
 
 TYPICAL_SHARE = 4  # completions are taken to be a quarter of max_new_tokens long on average
 STOP_ID = 151645  # <|im_end|>; any id compiles to the same program
@@ -109,13 +110,32 @@ def list_entries(config: Config, model: QwenVLConfig, programs: Programs) -> lis
     with jax.set_mesh(sampler.placement.mesh):
         sampling, rollouts = _sampling_entries(config, sampler, copy, prompts, held)
     rollouts = _spread(rollouts, mesh)
-    scoring = (params, reference, prompts, rollouts)
+    packing = _packing(config, prompts, mesh)
+    scoring = (params, reference, prompts, rollouts, packing, state.kl_coefficient)
     score = Entry("score", programs.score, scoring, {}, mesh, 1.0, 1, _bytes(held, "optimizer state"))
     experience = _spread(score.trace().out_info[0], mesh)
     held |= {"rollouts": (rollouts.behavior_logps, rollouts.spans)}  # the other fields are also the experience's
-    updating = (state, experience, replay)
+    updating = (state, experience, replay, packing)
     update = Entry("update", programs.update, updating, {}, mesh, 1.0, 1, _bytes(held, "reference", "rollouts"))
     return [copying, *sampling, score, update]
+
+
+def _packing(config: Config, prompts: Prompts, mesh: Mesh) -> Packing | None:
+    """The shapes of packed rows where every prompt and every completion has its greatest length."""
+    if not config.packing.row_len:
+        return None
+    (num_prompts, width), num_image_rows = prompts.prompt_ids.shape, prompts.images.segment_ids.shape[0]
+    packing = pack_rollouts(
+        np.full(num_prompts, width),
+        np.full(num_prompts * config.sampling.group_size, config.sampling.max_new_tokens),
+        width,
+        [[prompt * num_image_rows // num_prompts] for prompt in range(num_prompts)],
+        num_image_rows,
+        config.packing,
+        config.policy_update.num_minibatches,
+        config.mesh.data_parallel,
+    )
+    return replicate(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), packing), mesh)
 
 
 def _sampling_entries(
@@ -127,7 +147,7 @@ def _sampling_entries(
     layout, constants = sampler.layout(num_prompts), sampler.constants
     own_prompts = _placed(prompts, placement.prompt_shardings(prompts))
     features = jax.eval_shape(sampler.encode, copy, own_prompts)
-    features = _placed(features, placement.batch_shardings(features))
+    features = _placed(features, placement.feature_shardings(features))
     starting = (copy, own_prompts, features, replicate(jax.eval_shape(lambda: jax.random.key(0)), mesh), constants)
     started = jax.eval_shape(lambda *arguments: sampler.start(*arguments, layout=layout), *starting)
     state, pool, private, keys = _placed(started, placement.shardings(started))
@@ -255,12 +275,14 @@ def _placed(tree: ArrayTree, shardings: ArrayTree) -> ArrayTree:
 
 
 def _with_columns(private: PrivateCache, num_columns: int) -> PrivateCache:
-    def widen(leaf):
-        if leaf.ndim == 0:
-            return leaf
-        return jax.ShapeDtypeStruct((*leaf.shape[:2], num_columns, leaf.shape[3]), leaf.dtype, sharding=leaf.sharding)
+    def widen(rings, axis):
+        shapes = ((*ring.shape[:axis], num_columns, *ring.shape[axis + 1 :]) for ring in rings)
+        return tuple(
+            jax.ShapeDtypeStruct(shape, ring.dtype, sharding=ring.sharding)
+            for shape, ring in zip(shapes, rings, strict=True)
+        )
 
-    return jax.tree.map(widen, private)
+    return PrivateCache(widen(private.keys, KEY_COLUMNS), widen(private.values, VALUE_COLUMNS), private.column)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

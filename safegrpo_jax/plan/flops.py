@@ -29,6 +29,8 @@ def _of_equation(equation: JaxprEqn, turns: int) -> int:
             return _of_grouped_dot(equation)
         case "conv_general_dilated":
             raise NotImplementedError("a convolution: nothing here has one, so its count was never tested")
+        case "jit" | "pjit" if parameters["name"] in ("gmm", "tgmm"):
+            return _of_megablox(equation)
         case "pallas_call":
             return _of_kernel(equation)
         case "scan":
@@ -64,6 +66,13 @@ def _of_grouped_dot(equation: JaxprEqn) -> int:
     # The gradient of the matrices has a group axis in front, of which each row contributes to one.
     groups = out[0] if not numbers.rhs_group_dimensions else 1
     return 2 * math.prod(out) // groups * math.prod(left[axis] for axis in contracted)
+
+
+def _of_megablox(equation: JaxprEqn) -> int:
+    """As `_of_grouped_dot`. Of groups spread over devices each has its share of the rows, at even load."""
+    (left, right, groups), out = (v.aval.shape for v in equation.invars[:3]), equation.outvars[0].aval.shape
+    own_groups = right[0] if equation.params["name"] == "gmm" else out[0]
+    return 2 * math.prod(left) * out[-1] * own_groups // groups[0]
 
 
 # Matmuls over pairs of tokens: scores and values; for the gradients the scores again, and those of the chain rule. And

@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Int
 
 from safegrpo_jax.types import Array, Prompts, pytree
 
+KEY_COLUMNS, VALUE_COLUMNS = 3, 2  # the axes of the private columns
+
 
 @pytree
 class PromptPool:
@@ -23,7 +25,7 @@ class PromptPool:
     masked out. `num_tokens` counts the prompt tokens prefilled so far.
     """
 
-    keys: tuple[Float[Array, "b k p e"], ...]
+    keys: tuple[Float[Array, "b k e p"], ...]
     values: tuple[Float[Array, "b k p e"], ...]
     mask: Bool[Array, "b p"]
     last_hidden: Float[Array, "b d"]
@@ -35,9 +37,13 @@ class PromptPool:
 class PrivateCache:
     """Keys and values of the tokens that n slots have fed, by layer; `column` is the one written last."""
 
-    keys: tuple[Float[Array, "n k s e"], ...]
+    keys: tuple[Float[Array, "n k e s"], ...]
     values: tuple[Float[Array, "n k s e"], ...]
     column: Int[Array, ""]
+
+    @property
+    def num_columns(self) -> int:
+        return self.values[0].shape[VALUE_COLUMNS]
 
 
 def allocate(prefilled: tuple, num_prefixes: int, num_slots: int, num_columns: int) -> tuple[PromptPool, PrivateCache]:
@@ -45,19 +51,22 @@ def allocate(prefilled: tuple, num_prefixes: int, num_slots: int, num_columns: i
     hidden, keys, values = prefilled
     _, num_heads, prompt_len, head_dim = keys[0].shape
 
-    def empty(parts, num_rows, length):
-        return tuple(jnp.zeros((num_rows, num_heads, length, head_dim), part.dtype) for part in parts)
+    def empty_keys(num_rows, length):
+        return tuple(jnp.zeros((num_rows, num_heads, head_dim, length), part.dtype) for part in keys)
+
+    def empty_values(num_rows, length):
+        return tuple(jnp.zeros((num_rows, num_heads, length, head_dim), part.dtype) for part in values)
 
     pool = PromptPool(
-        keys=empty(keys, num_prefixes, prompt_len),
-        values=empty(values, num_prefixes, prompt_len),
+        keys=empty_keys(num_prefixes, prompt_len),
+        values=empty_values(num_prefixes, prompt_len),
         mask=jnp.zeros((num_prefixes, prompt_len), bool),
         last_hidden=jnp.zeros((num_prefixes, hidden.shape[1]), hidden.dtype),
         first_pos=jnp.zeros(num_prefixes, jnp.int32),
         num_tokens=jnp.int32(0),
     )
     private = PrivateCache(
-        empty(keys, num_slots, num_columns), empty(values, num_slots, num_columns), jnp.int32(num_columns - 1)
+        empty_keys(num_slots, num_columns), empty_values(num_slots, num_columns), jnp.int32(num_columns - 1)
     )
     return pool, private
 
@@ -72,7 +81,7 @@ def write_prompts(pool: PromptPool, prefilled: tuple, prompts: Prompts, places: 
         return write_sharded(old, new, places)
 
     return PromptPool(
-        keys=tuple(map(write, pool.keys, keys)),
+        keys=tuple(write(old, new.swapaxes(2, 3)) for old, new in zip(pool.keys, keys, strict=True)),
         values=tuple(map(write, pool.values, values)),
         mask=write(pool.mask, prompts.prompt_mask),
         last_hidden=write(pool.last_hidden, hidden),
@@ -101,7 +110,9 @@ def take_sharded(rows: Array, places: Int[Array, "z q"]) -> Array:
     return taken.reshape(-1, *rows.shape[1:])
 
 
-def grow_ring(ring: Float[Array, "n k s e"], column: Int[Array, ""], num_columns: int) -> Float[Array, "n k more e"]:
-    """The ring with more columns: the old ones come first, from the oldest to the newest, which was `column`."""
-    old = ring.shape[2]
-    return jnp.pad(jnp.roll(ring, -(column + 1), axis=2), ((0, 0), (0, 0), (0, num_columns - old), (0, 0)))
+def grow_ring(ring: Float[Array, "n k rows columns"], column: Int[Array, ""], axis: int, num_columns: int) -> Array:
+    """The ring with more columns along `axis`: the old ones come first, from the oldest to the newest, which was
+    `column`."""
+    added = [(0, 0)] * ring.ndim
+    added[axis] = (0, num_columns - ring.shape[axis])
+    return jnp.pad(jnp.roll(ring, -(column + 1), axis=axis), added)

@@ -33,13 +33,15 @@ class ModelFunctions:
     encode: (params, prompts) -> features of all images of the batch.
     prefill: (params, prompts, features) -> last hidden state [b d], keys and values [b k p e] of each layer; for all
         prompts whose images were encoded, or some of them.
-    decode: (params, token_ids [n], positions [n], view, cache) -> (hidden [n d], cache); see `CacheView`.
+    unpack: params -> what `decode` wants beside them, made once for the steps of a chunk.
+    decode: (params, unpacked, token_ids [n], positions [n], view, cache) -> (hidden [n d], cache); see `CacheView`.
     logits: (params, hidden [n d]) -> [n v] float32.
     """
 
     encode: Callable[[Params, Prompts], VisionFeatures]
     prefill: Callable[[Params, Prompts, VisionFeatures], tuple[Array, tuple[Array, ...], tuple[Array, ...]]]
-    decode: Callable[[Params, Array, Array, CacheView, KVCache], tuple[Array, KVCache]]
+    unpack: Callable[[Params], ArrayTree]
+    decode: Callable[[Params, ArrayTree, Array, Array, CacheView, KVCache], tuple[Array, KVCache]]
     logits: Callable[[Params, Array], Array]
 
 
@@ -49,7 +51,7 @@ class DecodeState:
 
     `slot_rows`: the rollout of a slot, the number of rollouts where it is idle; `slot_prefixes`: where its prompt is
     held; `last_ids`: its newest token. Rollouts begin in order: those below `next_row` have.
-    `stopped`: ended by a stop token. `num_steps` steps so far, `num_busy` slots that gave a token in them.
+    `stopped`: ended by a stop token. `num_steps` steps so far, in which `num_busy` slots of a shard gave a token.
     """
 
     slot_rows: Int[Array, "z slots"]
@@ -62,7 +64,7 @@ class DecodeState:
     stopped: Bool[Array, "z rows"]
     reward_state: Any  # rewards.spans.SpanState of all rollouts
     num_steps: Int[Array, ""]
-    num_busy: Int[Array, ""]
+    num_busy: Int[Array, "z"]
 
 
 @pytree
@@ -111,7 +113,7 @@ def init_state(
         stopped=jnp.zeros(rows, bool),
         reward_state=jax.tree.map(lambda leaf: leaf.reshape(*rows, *leaf.shape[1:]), spans),
         num_steps=jnp.int32(0),
-        num_busy=jnp.int32(0),
+        num_busy=jnp.zeros(num_shards, jnp.int32),
     )
 
 
@@ -133,14 +135,17 @@ def decode_chunk(
     ends with one of `stop_ids`, which counts as its last token, or with `max_new_tokens` tokens. Traceable;
     nothing raises.
     """
+    unpacked = functions.unpack(params)
     num_rows = state.completion_len.shape[1]
-    num_columns = private.keys[0].shape[2]
+    num_columns = private.num_columns
     last_step = state.num_steps + settings.chunk
 
     def goes_on(carry: tuple[DecodeState, PrivateCache]) -> Bool[Array, ""]:
         state, _ = carry
-        has_work = jnp.any(state.slot_rows < num_rows) | jnp.any(state.next_row < queue.ready_rows)
-        return (state.num_steps < last_step) & has_work & (_longest(state) <= num_columns)
+        # One number, so that the shards wait for each other once a step: 0 with nothing to do, else 1 + the longest.
+        works = (state.slot_rows < num_rows).any(axis=1) | (state.next_row < queue.ready_rows)
+        room_needed = jnp.max(jnp.where(works, 1 + _longest(state), 0))
+        return (state.num_steps < last_step) & (0 < room_needed) & (room_needed <= 1 + num_columns)
 
     def advance(carry: tuple[DecodeState, PrivateCache]) -> tuple[DecodeState, PrivateCache]:
         state, private = carry
@@ -150,7 +155,7 @@ def decode_chunk(
         view = _view_cache(state, column, jnp.where(fresh, 0, lens), len(pool.mask), settings.group_size)
         positions = take_sharded(pool.first_pos, state.slot_prefixes) + lens.reshape(-1) - 1
         cache = KVCache(pool.keys, pool.values, pool.mask, private.keys, private.values)
-        hidden, cache = functions.decode(params, state.last_ids.reshape(-1), positions, view, cache)
+        hidden, cache = functions.decode(params, unpacked, state.last_ids.reshape(-1), positions, view, cache)
         first = take_sharded(pool.last_hidden, state.slot_prefixes)
         hidden = jnp.where(fresh.reshape(-1)[:, None], first, hidden)
         keys = _of_slots(row_keys, state.slot_rows).reshape(-1)
@@ -163,7 +168,8 @@ def decode_chunk(
 
 
 def _report(state: DecodeState) -> DecodeReport:
-    return DecodeReport(state.slot_rows, state.next_row, _longest(state), state.num_steps, state.num_busy)
+    longest, num_busy = jnp.max(_longest(state)), jnp.sum(state.num_busy)
+    return DecodeReport(state.slot_rows, state.next_row, longest, state.num_steps, num_busy)
 
 
 def _of_slots(values: Array, slot_rows: Int[Array, "z slots"]) -> Array:
@@ -171,9 +177,9 @@ def _of_slots(values: Array, slot_rows: Int[Array, "z slots"]) -> Array:
     return jax.vmap(lambda values, rows: values.at[rows].get(mode="clip"))(values, slot_rows)
 
 
-def _longest(state: DecodeState) -> Int[Array, ""]:
+def _longest(state: DecodeState) -> Int[Array, "z"]:
     busy = state.slot_rows < state.completion_len.shape[1]
-    return jnp.max(jnp.where(busy, _of_slots(state.completion_len, state.slot_rows), 0))
+    return jnp.max(jnp.where(busy, _of_slots(state.completion_len, state.slot_rows), 0), axis=1)
 
 
 def _begin_rows(state: DecodeState, queue: Queue, group_size: int) -> tuple[DecodeState, Bool[Array, "z slots"]]:
@@ -248,5 +254,5 @@ def _append(
         stopped=jax.vmap(write)(state.stopped, rows, stops),
         reward_state=jax.tree.map(lambda old, new: jax.vmap(write)(old, rows, new), state.reward_state, spans),
         num_steps=state.num_steps + 1,
-        num_busy=state.num_busy + busy.sum(dtype=jnp.int32),
+        num_busy=state.num_busy + busy.sum(axis=1, dtype=jnp.int32),
     )

@@ -116,18 +116,19 @@ class Placement:
         everywhere = self.mesh.axis_names if len(prompts.images.patches) % self.mesh.size == 0 else self.batch_axes
         image_rows = NamedSharding(self.mesh, PartitionSpec(everywhere))
 
-        def place(path, sharding):
-            return image_rows if path[0].name == "images" else sharding
-
-        return jax.tree_util.tree_map_with_path(place, self.batch_shardings(prompts))
-
-    def batch_shardings(self, tree: ArrayTree) -> ArrayTree:
-        """Batch axes spread over the shards: of prompts, and of their images' features, which follow them."""
-
         def place(path, leaf):
-            return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
+            return image_rows if path[0].name == "images" else self._batch_rows(path)
 
-        return jax.tree_util.tree_map_with_path(place, tree)
+        return jax.tree_util.tree_map_with_path(place, prompts)
+
+    def feature_shardings(self, features: ArrayTree) -> ArrayTree:
+        """Of vision tokens, in packing order, over the shards: prompts find their own in their shard."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self._batch_rows(path) if leaf.ndim else self.replicated, features
+        )
+
+    def _batch_rows(self, path: jax.tree_util.KeyPath) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis(path), self.batch_axes))
 
     def constrain(self, tree: ArrayTree) -> ArrayTree:
         """Inside jit: arrays where `shardings` says."""
@@ -154,7 +155,7 @@ class Sampler:
         functions: ModelFunctions,
         sampling: SamplingConfig,
         placement: Placement,
-        banned_ids_mask: Bool[Array | jax.ShapeDtypeStruct, "v"],
+        banned_ids_mask: Bool[Array, "v"],
         stop_ids: tuple[int, ...],
         reward_tables: ArrayTree,
         output_rows: NamedSharding | None = None,
@@ -171,7 +172,7 @@ class Sampler:
         self.start = jax.jit(self._start, static_argnames="layout")
         self.prefill = jax.jit(self._prefill, donate_argnames="pool")
         self.decode = jax.jit(self._decode, donate_argnames=("state", "private"))
-        self.grow = jax.jit(cache_lib.grow_ring, static_argnames="num_columns", out_shardings=placement.heads)
+        self.grow = jax.jit(cache_lib.grow_ring, static_argnames=("axis", "num_columns"), out_shardings=placement.heads)
         self.shrink = jax.jit(cache_lib.take_sharded, out_shardings=placement.heads)
         self.keep = jax.jit(functools.partial(jnp.take_along_axis, axis=1), out_shardings=placement.rows)
         self.finish = jax.jit(self._finish, out_shardings=output_rows or placement.rows)
@@ -236,11 +237,11 @@ class Sampler:
 
     def _make_room(self, private: PrivateCache, longest: int) -> PrivateCache:
         """Grows the private columns to the next size where the longest rollout in work has outgrown them."""
-        old = private.keys[0].shape[2]
+        old, column = private.num_columns, private.column
         if longest <= old:
             return private
         new = next(size for size in self.sampling.column_ladder if size >= longest)
-        private = _map_rings(private, lambda ring: self.grow(ring, private.column, num_columns=new))
+        private = _map_rings(private, lambda ring, axis: self.grow(ring, column, axis=axis, num_columns=new))
         return dataclasses.replace(private, column=jax.device_put(np.int32(old - 1), self.placement.replicated))
 
     def _drop_idle_slots(
@@ -251,11 +252,11 @@ class Sampler:
         if kept is None:
             return state, private
         slots = {name: self.keep(getattr(state, name), kept) for name in ("slot_rows", "slot_prefixes", "last_ids")}
-        return dataclasses.replace(state, **slots), _map_rings(private, lambda ring: self.shrink(ring, kept))
+        return dataclasses.replace(state, **slots), _map_rings(private, lambda ring, _: self.shrink(ring, kept))
 
     def _encode(self, params, prompts):
         features = self._functions.encode(params, prompts)
-        return jax.lax.with_sharding_constraint(features, self.placement.batch_shardings(features))
+        return jax.lax.with_sharding_constraint(features, self.placement.feature_shardings(features))
 
     def _start(self, params, prompts, features, key, constants, layout):
         sampling, z = self.sampling, layout.num_shards
@@ -325,16 +326,18 @@ def _take_prompts(prompts: Prompts, index: Int[Array, "z q"]) -> Prompts:
     return jax.tree_util.tree_map_with_path(take, prompts)
 
 
-def _map_rings(private: PrivateCache, change: Callable[[Array], Array]) -> PrivateCache:
-    """Changes the buffers one by one and gives each old one back at once."""
+def _map_rings(private: PrivateCache, change: Callable[[Array, int], Array]) -> PrivateCache:
+    """Changes the buffers, each given with the axis of its columns, one by one, and gives each old one back at once."""
 
-    def replace(ring):
-        changed = change(ring)
-        ring.delete()
-        return changed
+    def replace(rings, axis):
+        for ring in rings:
+            yield change(ring, axis)
+            ring.delete()
 
     return dataclasses.replace(
-        private, keys=tuple(map(replace, private.keys)), values=tuple(map(replace, private.values))
+        private,
+        keys=tuple(replace(private.keys, cache_lib.KEY_COLUMNS)),
+        values=tuple(replace(private.values, cache_lib.VALUE_COLUMNS)),
     )
 
 

@@ -26,7 +26,7 @@ from safegrpo_jax.models.decoder import TextConfig
 from safegrpo_jax.models.hf_config import config_to_hf
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.models.vision import VisionConfig
-from safegrpo_jax.programs import make_logps_fn
+from safegrpo_jax.policy import make_logps_fn
 from safegrpo_jax.types import Labels, PackedImages, Prompts
 
 NUM_THREADS = 2

@@ -30,7 +30,7 @@ from safegrpo_jax.types import PackedImages
 def shortened(name: str, num_layers: int) -> qwen_vl.QwenVLConfig:
     config = qwen_vl.PUBLISHED_SIZES[name]
     text = dataclasses.replace(config.text, num_layers=num_layers)
-    execution = {"dtype": "bfloat16", "scan_layers": True, "remat": True, "attention": "splash"}
+    execution = {"dtype": "bfloat16", "scan_layers": True, "remat": True, "attention": "splash", "experts": "megablox"}
     return dataclasses.replace(config, text=text, **execution)
 
 
@@ -92,6 +92,7 @@ def main():
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--fsdp", type=int, default=4)
     parser.add_argument("--tensor", type=int, default=2)
+    parser.add_argument("--expert", type=int, default=1)
     arguments = parser.parse_args()
     bounds = [int(side) for side in arguments.topology.split(":")[1].split("x")]
     topology = topologies.get_topology_desc(
@@ -101,7 +102,8 @@ def main():
         chips_per_host_bounds=(*bounds[:2], 1),
         num_slices=1,
     )
-    mesh = make_mesh({"fsdp": arguments.fsdp, "tensor": arguments.tensor}, topology.devices)
+    sizes = {"fsdp": arguments.fsdp, "tensor": arguments.tensor, "expert": arguments.expert}
+    mesh = make_mesh(sizes, topology.devices)
     config = shortened(arguments.size, arguments.layers)
     started = time.monotonic()
     compiled = compile_gradient(config, mesh, rows=8, length=1024, patches=1024)

@@ -82,11 +82,13 @@ def main() -> None:
     loop = decode_loop(model, arguments.steps)
     reward = jax.jit(reward_spans.advance)
     for num_rows in arguments.rollouts:
-        shape = (num_rows // GROUP, TEXT.num_kv_heads, PROMPT_TOKENS, TEXT.head_dim)
-        prefix = (jnp.ones(shape),) * TEXT.num_layers
-        prompt_mask = jnp.ones((shape[0], PROMPT_TOKENS), bool)
-        private = (jnp.zeros((num_rows, TEXT.num_kv_heads, arguments.steps, TEXT.head_dim)),) * TEXT.num_layers
-        cache = KVCache(prefix, prefix, prompt_mask, private, private)
+        k, e, b = TEXT.num_kv_heads, TEXT.head_dim, num_rows // GROUP
+        shapes = ((b, k, e, PROMPT_TOKENS), (b, k, PROMPT_TOKENS, e))
+        prefix = ((jnp.ones(shape),) * TEXT.num_layers for shape in shapes)
+        prompt_mask = jnp.ones((b, PROMPT_TOKENS), bool)
+        shapes = ((num_rows, k, e, arguments.steps), (num_rows, k, arguments.steps, e))
+        private = ((jnp.zeros(shape),) * TEXT.num_layers for shape in shapes)
+        cache = KVCache(*prefix, prompt_mask, *private)
         decode_arguments = (params, cache, jnp.zeros(num_rows, jnp.int32))
         ids = np.random.default_rng(0).integers(0, VOCABULARY, (num_rows, arguments.steps)).astype(np.int32)
         state = reward_spans.init_state(tables, num_rows)

@@ -87,6 +87,22 @@ def test_reasoning_is_opened_only_where_asked(chat):
     assert chat.decode(chat.encode_prompt("x", 0, "", reasoning=False)).endswith("assistant\n")
 
 
+def test_templates_of_thinking_and_instruct_models(real_tokenizer):
+    """A Thinking checkpoint opens the reasoning whatever it is told, an Instruct one never does."""
+    instruct = ChatTokenizer(real_tokenizer)
+    thinking = copy.deepcopy(real_tokenizer)
+    thinking.chat_template += "{%- if add_generation_prompt -%}{{- '<think>\\n' -}}{%- endif -%}"
+    thinking = ChatTokenizer(thinking)
+    for reasoning in (True, False):
+        prompt = instruct.encode_prompt("Is it safe?", 1, "", reasoning)
+        assert prompt[-3:] == [151644, 77091, 198]
+        assert thinking.encode_prompt("Is it safe?", 1, "", reasoning) == [*prompt, 151667, 198]
+    # Published ids of `<think>\n\n</think>\n\n`, whose newlines join: after an opened prompt they cannot.
+    response = "<think>\n\n</think>\n\n"
+    assert instruct.encode_response(response, prompt) == [151667, 271, 151668, 271, 151645]
+    assert thinking.encode_response(response, [*prompt, 151667, 198]) == [198, 151668, 271, 151645]
+
+
 def test_response_is_canonical_and_closed(chat, small_tokenizer):
     prompt = chat.encode_prompt("x", 0, "", reasoning=True)
     ids = chat.encode_response("a red knife</think> is <|im_end|> safe", prompt)

@@ -64,6 +64,19 @@ def test_random_groups_agree_with_float64(scale):
     np.testing.assert_allclose(stats["advantage/std"], (centred / divisor[scale]).std(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_leaving_one_out_agrees_with_float64(scale):
+    rewards = np.random.default_rng(3).random((5, 4))
+    rewards[2] = 0.7
+    others = np.array([[np.delete(row, i).mean() for i in range(4)] for row in rewards])
+    divisor = {"group": rewards.std(1, ddof=1, keepdims=True) + 1e-6, "batch": rewards.std(ddof=1) + 1e-6, "none": 1.0}
+    config = AdvantageConfig(scale=scale, baseline="leave_one_out")
+    advantages, _ = group_advantages(rewards.astype(np.float32).reshape(-1), 4, config)
+    expected = (rewards - others) / divisor[scale]
+    expected[2] = 0
+    np.testing.assert_allclose(advantages, expected.reshape(-1), rtol=1e-4, atol=FLOAT32_ROUNDING)
+
+
 def test_a_group_of_one_keeps_its_reward():
     rewards = np.array([0.5, 0.25], np.float32)
     advantages, stats = group_advantages(rewards, 1, AdvantageConfig())
@@ -128,7 +141,14 @@ def test_spans_take_the_advantage_of_their_own_rule():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"normalize": "each"}, {"credit": "token"}, {"normalize": "per_rule", "scale": "none"}, {"scale": "max"}]
+    "fields",
+    [
+        {"normalize": "each"},
+        {"baseline": "mean"},
+        {"credit": "token"},
+        {"normalize": "per_rule", "scale": "none"},
+        {"scale": "max"},
+    ],
 )
 def test_unknown_choices_are_refused(fields):
     with pytest.raises(ValueError, match="use "):

@@ -6,6 +6,7 @@ import pytest
 from safegrpo_jax.grpo.loss import (
     AGGREGATIONS,
     LossConfig,
+    adapted_kl_coefficient,
     clipped_surrogate,
     grpo_loss,
     kl_estimate,
@@ -213,6 +214,27 @@ def test_padding_cannot_reach_the_loss_or_its_gradient():
     assert np.all(gradient[~mask] == 0) and np.all(np.isfinite(gradient)) and np.any(gradient != 0)
 
 
+def test_a_given_kl_coefficient_takes_the_place_of_the_configs():
+    *tokens, mask = random_tokens()
+    rest = (mask, token_weights(mask, "token_mean"), jnp.float32(mask.sum()))
+    given, sums, _ = grpo_loss(*tokens, *rest, LossConfig(kl_coefficient=0.5), jnp.float32(0.2))
+    expected, *_ = grpo_loss(*tokens, *rest, LossConfig(kl_coefficient=0.2))
+    np.testing.assert_allclose(given, expected, rtol=FLOAT32_ROUNDING)
+    assert sums["policy/kl"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"),
+    [(0.1, 1.0), (0.11, 1 + 0.1 * 0.5), (0.5, 1 + 0.2 * 0.5), (0.0, 1 - 0.2 * 0.5), (0.085, 1 - 0.15 * 0.5)],
+)
+def test_the_kl_coefficient_follows_its_target(kl, factor):
+    """1 + the relative error, cut at a fifth, times rollouts over horizon: 64 of 128."""
+    config = LossConfig(kl_target=0.1, kl_horizon=128)
+    adapted = adapted_kl_coefficient(jnp.float32(0.3), jnp.float32(kl), 64, config)
+    np.testing.assert_allclose(adapted, 0.3 * factor, rtol=1e-6)
+    assert adapted_kl_coefficient(jnp.float32(0.3), jnp.float32(np.nan), 64, config) == jnp.float32(0.3)
+
+
 def test_no_reference_means_no_kl():
     policy, entropy, behavior, proximal, reference, advantages, mask = random_tokens()
     config = LossConfig(kl_estimator="none", kl_coefficient=0.0)
@@ -235,6 +257,8 @@ def test_no_reference_means_no_kl():
         ({"correction": "clip"}, "correction.*'clip'.*truncate"),
         ({"correction": "truncate"}, "needs ratio_anchor 'proximal' or 'policy'"),
         ({"correction_cap": 0.0}, "correction_cap.*> 0"),
+        ({"kl_target": -0.1}, "kl_target is -0.1"),
+        ({"kl_target": 0.1, "kl_coefficient": 0.0}, "coefficient > 0 to start from"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

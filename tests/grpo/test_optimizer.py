@@ -126,3 +126,39 @@ def test_the_rate_used_is_in_the_state():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**settings)
+
+
+def test_adafactor_agrees_with_float64():
+    """A factored matrix and a vector, by the formulas of the paper with optax's decay 1 - t^-0.8."""
+    rng = np.random.default_rng(7)
+    shapes = {"matrix": (130, 140), "vector": (5,)}
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    gradients = [{name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(3)]
+    config = OptimizerConfig(method="adafactor", learning_rate=1e-2, weight_decay=0.1, clip_norm=0.0)
+
+    def as_float32(tree):
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+    actual, state = run(config, as_float32(params), [as_float32(grads) for grads in gradients])
+    rows, columns, squares = np.zeros(130), np.zeros(140), np.zeros(5)
+    for step, grads in enumerate(gradients, start=1):
+        decay = 1 - step**-0.8
+        square = grads["matrix"] ** 2
+        rows = decay * rows + (1 - decay) * square.mean(1)
+        columns = decay * columns + (1 - decay) * square.mean(0)
+        squares = decay * squares + (1 - decay) * grads["vector"] ** 2
+        updates = {
+            "matrix": grads["matrix"] / np.sqrt(np.outer(rows / rows.mean(), columns)),
+            "vector": grads["vector"] / np.sqrt(squares),
+        }
+        for name, update in updates.items():
+            update = update / max(1.0, np.sqrt((update**2).mean()))
+            params[name] = params[name] - config.learning_rate * (update + config.weight_decay * params[name])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 0.02 * 130 * 140
+    assert last_learning_rate(state) == jnp.float32(1e-2)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="method is 'sgd'; use one of adamw, adafactor"):
+        OptimizerConfig(method="sgd")

@@ -24,6 +24,7 @@ FLOAT64_AGREEMENT = 2e-6  # absolute, after SGD steps in float32
 # Most of these tests is compilation; the toy needs no optimised machine code.
 QUICK = {"xla_backend_optimization_level": 0}
 
+KL_COEFFICIENT = 0.4  # of the state, which only an adapting coefficient reads
 LOSS = LossConfig(kl_coefficient=0.1, entropy_coefficient=0.05, replay_weight=0.5)
 
 
@@ -118,7 +119,7 @@ def make_sgd(mask=None):
 
 def start(optimizer, params=None):
     params = init_params() if params is None else params
-    return TrainState(jnp.int32(7), params, optimizer.init(params))
+    return TrainState(jnp.int32(7), params, optimizer.init(params), jnp.int32(0), jnp.float32(KL_COEFFICIENT))
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "update", "mask_items"), compiler_options=QUICK)
@@ -286,6 +287,29 @@ def test_a_step_with_a_broken_gradient_is_skipped_and_counted():
     all_broken, metrics = run(dataclasses.replace(broken, advantages=np.full_like(advantages, np.nan)))
     jax.tree.map(np.testing.assert_array_equal, all_broken.params, init_params())
     assert metrics["update/skipped_steps"] == 1 and all_broken.step == 8
+
+
+def test_skipped_steps_in_a_row_are_counted_until_a_good_one():
+    experience, update = make_experience(), UpdateConfig(num_minibatches=4)
+    mask, size = np.ones_like(experience.completion_mask), B * G // 4
+    advantages = experience.advantages.copy()
+    for broken, in_a_row in [((0,), 0), ((2, 3), 2), ((0, 1, 2, 3), 4)]:
+        values = advantages.copy()
+        for block in broken:
+            values[block * size] = np.nan
+        state, metrics = run(dataclasses.replace(experience, completion_mask=mask, advantages=values), update=update)
+        assert metrics["update/skipped_steps"] == len(broken)
+        assert metrics["update/skipped_in_row"] == state.skipped_in_row == in_a_row
+
+
+def test_the_kl_coefficient_of_the_state_is_used_and_adapts():
+    experience = make_experience()
+    loss = dataclasses.replace(LOSS, kl_target=0.05, kl_horizon=2 * B * G)
+    state, metrics = run(experience, None, loss)
+    assert metrics["policy/kl_coefficient"] == jnp.float32(KL_COEFFICIENT) and metrics["policy/kl"] > 0.06
+    np.testing.assert_allclose(state.kl_coefficient, KL_COEFFICIENT * (1 + 0.2 / 2), rtol=1e-6)
+    fixed, _ = run(experience, None, dataclasses.replace(LOSS, kl_coefficient=KL_COEFFICIENT))
+    assert_same_params(state, fixed)
 
 
 def test_an_update_on_padding_alone_is_finite_and_changes_nothing():

@@ -95,7 +95,9 @@ def merge_block_order(height: int, width: int) -> np.ndarray:
     )
 
 
-def pack_images(grids: list[list[tuple[int, int]]], row_len: int, seed: int = 0) -> PackedImages:
+def pack_images(
+    grids: list[list[tuple[int, int]]], row_len: int, seed: int = 0, table_side: int = GRID_SIDE
+) -> PackedImages:
     """Random patches; `grids[u]` are the (height, width) of the images of packing row u."""
     rng = np.random.default_rng(seed)
     u = len(grids)
@@ -112,17 +114,17 @@ def pack_images(grids: list[list[tuple[int, int]]], row_len: int, seed: int = 0)
             patches[row, where] = rng.normal(size=(height * width, patches.shape[-1]))
             patch_pos[row, where] = merge_block_order(height, width)
             segment_ids[row, where] = number
-            tap_ids[row, where], tap_weights[row, where] = _taps(patch_pos[row, where], height, width)
+            tap_ids[row, where], tap_weights[row, where] = _taps(patch_pos[row, where], height, width, table_side)
     return PackedImages(patches, patch_pos, tap_ids, tap_weights, segment_ids)
 
 
-def _taps(patch_pos, height, width):
+def _taps(patch_pos, height, width, side):
     ids, weights = [], []
     for row, column in patch_pos:
-        y, x = row * (GRID_SIDE - 1) / max(height - 1, 1), column * (GRID_SIDE - 1) / max(width - 1, 1)
+        y, x = row * (side - 1) / max(height - 1, 1), column * (side - 1) / max(width - 1, 1)
         top, left = int(y), int(x)
-        bottom, right = min(top + 1, GRID_SIDE - 1), min(left + 1, GRID_SIDE - 1)
-        ids.append([a * GRID_SIDE + b for a in (top, bottom) for b in (left, right)])
+        bottom, right = min(top + 1, side - 1), min(left + 1, side - 1)
+        ids.append([a * side + b for a in (top, bottom) for b in (left, right)])
         weights.append([a * b for a in (1 - (y - top), y - top) for b in (1 - (x - left), x - left)])
     return np.array(ids, np.int32), np.array(weights, np.float32)
 
@@ -173,13 +175,13 @@ def build_prompts(rows: list[list], images: PackedImages, grids: list[list[tuple
 GRIDS = [[(4, 6), (2, 4)], [(6, 2)]]  # two images of different shape in row 0, one in row 1
 
 
-def example_prompts(grids: list[list[tuple[int, int]]] = GRIDS) -> Prompts:
+def example_prompts(grids: list[list[tuple[int, int]]] = GRIDS, table_side: int = GRID_SIDE) -> Prompts:
     """Three prompts: two images of different grids, one image with left padding, text only.
 
     `grids` has two images in row 0 and one in row 1.
     """
     patches = max(sum(height * width for height, width in row) for row in grids)
-    images = pack_images(grids, row_len=patches + 8)
+    images = pack_images(grids, row_len=patches + 8, table_side=table_side)
     rows = [
         [5, START, (0, 0), END, 7, START, (0, 1), END, 11, 12, 13],
         [21, START, (1, 0), END, 23, 24],
@@ -187,6 +189,14 @@ def example_prompts(grids: list[list[tuple[int, int]]] = GRIDS) -> Prompts:
     ]
     length = 12 + sum(height * width // 4 for height, width in grids[0])
     return build_prompts(rows, images, grids, length)
+
+
+def single_prompt(grids: list[list[tuple[int, int]]]) -> Prompts:
+    """One prompt with the images of the only row of `grids`, nothing padded."""
+    images = pack_images(grids, row_len=sum(height * width for height, width in grids[0]))
+    parts = [part for number in range(len(grids[0])) for part in (START, (0, number), END, 41 + number)]
+    length = 1 + sum(3 + height * width // 4 for height, width in grids[0])
+    return build_prompts([[5, *parts]], images, grids, length)
 
 
 def torch_inputs(prompts: Prompts, grids: list[list[tuple[int, int]]] = GRIDS) -> dict:

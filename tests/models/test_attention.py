@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from safegrpo_jax.models.attention import attend, attend_cache
+from safegrpo_jax.models.attention import attend, attend_cache, attend_continuations
 from safegrpo_jax.sharding import make_mesh
 from safegrpo_jax.types import CacheView
 
@@ -37,6 +37,36 @@ def test_segments_and_grouped_heads(causal, implementation):
         if causal:
             seen &= np.arange(7) <= token
         expected = one_query(query[row, head, token], keys[row, head // 2, seen], values[row, head // 2, seen])
+        np.testing.assert_allclose(actual[row, head, token], expected, atol=TOLERANCE)
+
+
+def test_a_shared_prefix_is_seen_beside_the_own_segment():
+    """Segment 1 is the prompt of the responses 2 and 3; 4 is a prompt alone."""
+    query, keys, values = draw(1, 4, 9, 8), draw(1, 2, 9, 8, seed=1), draw(1, 2, 9, 8, seed=2)
+    segment_ids, prefix_ids = np.array([[1, 1, 2, 2, 3, 3, 4, 0, 0]]), np.array([[1, 1, 1, 1, 1, 1, 4, 0, 0]])
+    actual = attend(query, keys, values, segment_ids, causal=True, implementation="reference", prefix_ids=prefix_ids)
+    assert np.isfinite(actual).all()
+    for head, token in np.ndindex(4, 7):
+        own = {segment_ids[0, token], prefix_ids[0, token]}
+        seen = [other for other in range(token + 1) if segment_ids[0, other] in own]
+        expected = one_query(query[0, head, token], keys[0, head // 2, seen], values[0, head // 2, seen])
+        np.testing.assert_allclose(actual[0, head, token], expected, atol=TOLERANCE)
+
+
+def test_continuations_see_their_prompt_and_themselves():
+    """Two prompts, the second with padding at its left, two rows each; a row may be padding from some token on."""
+    query, keys, values = draw(4, 4, 3, 8), draw(4, 2, 3, 8, seed=1), draw(4, 2, 3, 8, seed=2)
+    prefix_keys, prefix_values = draw(2, 2, 5, 8, seed=3), draw(2, 2, 5, 8, seed=4)
+    prefix_mask, mask = np.arange(5) >= np.array([[0], [3]]), np.arange(3) < np.array([[3], [1], [0], [2]])
+    actual = attend_continuations(query, keys, values, mask, prefix_keys, prefix_values, prefix_mask)
+    assert np.isfinite(actual).all()
+    for row, head, token in np.ndindex(4, 4, 3):
+        before, own = prefix_mask[row // 2], mask[row, : token + 1]
+        seen_keys = np.concatenate([prefix_keys[row // 2, head // 2, before], keys[row, head // 2, : token + 1][own]])
+        seen_values = np.concatenate(
+            [prefix_values[row // 2, head // 2, before], values[row, head // 2, : token + 1][own]]
+        )
+        expected = one_query(query[row, head, token], seen_keys, seen_values)
         np.testing.assert_allclose(actual[row, head, token], expected, atol=TOLERANCE)
 
 
@@ -84,10 +114,10 @@ def test_a_slot_sees_the_prefix_it_sits_at_and_its_newest_private_columns():
         view = CacheView(*map(jnp.asarray, (column, private_len, seat_of_slot, slot_of_seat)))
         actual = attend_cache(
             query,
-            prefix_keys,
+            prefix_keys.swapaxes(2, 3),
             prefix_values,
             prefix_mask,
-            private_keys,
+            private_keys.swapaxes(2, 3),
             private_values,
             jax.tree.map(jnp.asarray, view),
         )
@@ -107,5 +137,6 @@ def test_a_slot_sees_the_prefix_it_sits_at_and_its_newest_private_columns():
 def test_a_slot_that_sees_nothing_stays_finite():
     ones = np.ones((1, 1, 2, 4), np.float32)
     view = CacheView(*map(jnp.asarray, (0, np.array([0]), np.array([[0]]), np.array([[0]]))))
-    attended = attend_cache(ones[:, :, 0], ones, ones, np.zeros((1, 2), bool), ones * 3, ones * 3, view)
+    keys = ones.swapaxes(2, 3)
+    attended = attend_cache(ones[:, :, 0], keys, ones, np.zeros((1, 2), bool), keys * 3, ones * 3, view)
     np.testing.assert_allclose(attended, ones[:, :, 0] * 2)

@@ -11,7 +11,6 @@ from qwen_tiny import example_prompts, random_params, tiny_config
 
 from safegrpo_jax.models import hf_weights, lora, qwen_vl
 from safegrpo_jax.models.layers import Linear
-from safegrpo_jax.programs import trainable_mask
 from safegrpo_jax.sharding import make_mesh, param_shardings
 
 FUSION_TOLERANCE = 3e-6  # adding zeros changes nothing, but another program fuses in another order
@@ -76,13 +75,26 @@ def test_fresh_is_the_base_model_and_trained_equals_merged(model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, hf_weights.load(tmp_path / "model", config), merged)
 
 
+def test_adapters_on_a_mesh(model):
+    """Replicated adapters beside projections whose heads and widths are spread over devices."""
+    config, _, adapted = model
+    prompts, trained = example_prompts(), perturbed(adapted)
+    run = jax.jit(hidden, static_argnums=2)
+    expected = run(trained, prompts, config)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        actual = run(jax.device_put(trained, param_shardings(trained, mesh)), prompts, config)
+    assert len(actual.sharding.device_set) == 8
+    np.testing.assert_allclose(actual[prompts.prompt_mask], expected[prompts.prompt_mask], atol=MERGE_TOLERANCE)
+
+
 def test_only_adapters_are_trained(model):
     config, params, adapted = model
-    mask = trainable_mask(adapted, freeze_vision=False)
+    mask = lora.trainable_mask(adapted, freeze_vision=False)
     assert mask == lora.adapter_mask(adapted)
     assert sum(jax.tree.leaves(mask)) == 2 * (2 * 3 + 3 * 3)  # A and B; three names in 2 text and 3 vision stacks
-    assert not any(jax.tree.leaves(trainable_mask(adapted, freeze_vision=True)["vision"]))
-    assert all(jax.tree.leaves(trainable_mask(params, freeze_vision=False)))
+    assert not any(jax.tree.leaves(lora.trainable_mask(adapted, freeze_vision=True)["vision"]))
+    assert all(jax.tree.leaves(lora.trainable_mask(params, freeze_vision=False)))
 
 
 def test_one_layer_equals_qwix():

@@ -77,9 +77,12 @@ def test_cached_decode_equals_full_forward(random_model):
     p = prompts.prompt_ids.shape[1]
     np.testing.assert_allclose(np.repeat(last, group_size, 0), full[:, p - 1], atol=CACHE_TOLERANCE)
     # Private slots start as large rubbish: a slot that is not written yet must not be read.
-    shape = (n, config.text.num_kv_heads, slots, config.text.head_dim)
-    rubbish = tuple(jnp.full(shape, 1e4) for _ in range(config.text.num_layers))
-    cache = KVCache(keys, values, prompts.prompt_mask, rubbish, rubbish)
+    k, e = config.text.num_kv_heads, config.text.head_dim
+    rubbish = (
+        tuple(jnp.full(shape, 1e4) for _ in range(config.text.num_layers))
+        for shape in ((n, k, e, slots), (n, k, slots, e))
+    )
+    cache = KVCache(tuple(layer.swapaxes(2, 3) for layer in keys), values, prompts.prompt_mask, *rubbish)
     seats = jnp.arange(n, dtype=jnp.int32)[None]
     for step in range(num_steps):
         view = CacheView(jnp.int32(step), jnp.full(n, step + 1, jnp.int32), seats, seats)
@@ -127,7 +130,7 @@ def test_images_of_one_packing_row_are_isolated(random_model):
         assert np.abs(old[second] - new[second]).max() > 0.01
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"])
 def test_batch_equals_prompts_alone(family):
     """Packed images and left padding against each prompt by itself, its images in rows of their own, no padding."""
     config = tiny_config(family, scan_layers=True)
@@ -135,22 +138,20 @@ def test_batch_equals_prompts_alone(family):
     together = example_prompts()
     expected = prompt_hidden(params, together, config)
     segment_ids = together.images.segment_ids
-    for b in range(2):
+    for b, places in enumerate([[(0, 1), (0, 2)], [(1, 1)], []]):
         real = together.prompt_mask[b]
-        places = [(row, segment) for row, segment in ((0, 1), (0, 2), (1, 1)) if row == b]
-        longest = max((segment_ids[row] == segment).sum() for row, segment in places)
+        longest = max(((segment_ids[row] == segment).sum() for row, segment in places), default=4)
 
         def alone(array, places=places, longest=longest):
-            rows = np.zeros((len(places), longest, *array.shape[2:]), array.dtype)
+            rows = np.zeros((max(len(places), 1), longest, *array.shape[2:]), array.dtype)
             for new_row, (row, segment) in enumerate(places):
                 values = array[row][segment_ids[row] == segment]
                 rows[new_row, : len(values)] = values
             return rows
 
         images = jax.tree.map(alone, together.images)
-        features = np.flatnonzero(images.segment_ids.reshape(-1)[::4])
         index = np.zeros(real.sum(), np.int32)
-        index[together.vision_mask[b][real]] = features
+        index[together.vision_mask[b][real]] = np.flatnonzero(images.segment_ids.reshape(-1)[::4])
         single = text_hidden(
             params,
             together.prompt_ids[b : b + 1, real],
@@ -165,7 +166,7 @@ def test_batch_equals_prompts_alone(family):
 
 
 def test_execution_choices_change_no_result(random_model):
-    """Scanned layers against unrolled ones; the gradients of scanned, recomputed layers are compared above."""
+    """Scanned layers against unrolled ones; gradients of both are compared with torch in test_parity.py."""
     config, params = random_model
     prompts = example_prompts()
     scanned = dataclasses.replace(config, scan_layers=True, remat=True)

@@ -6,10 +6,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from safegrpo_jax.models import qwen_vl
+from safegrpo_jax.models.experts import ExpertMLP
 from safegrpo_jax.models.splash import attend_splash
 from safegrpo_jax.plan.flops import count_flops
+from safegrpo_jax.sharding import make_mesh
 from safegrpo_jax.types import VisionFeatures
 
 NEAR = 0.03  # of the analytic count, which leaves out everything but matmuls of weights and attention
@@ -129,3 +132,21 @@ def test_a_shard_map_counts_all_its_shards():
     with jax.set_mesh(mesh):
         jaxpr = jax.jit(product).trace(shape(64, 32), shape(32, 16)).jaxpr
     assert count_flops(jaxpr) == 2 * 64 * 32 * 16
+
+
+@pytest.mark.parametrize("axis_sizes", [{"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}])
+def test_experts_count_the_same_by_kernel_and_by_ragged_dot(axis_sizes):
+    """Forward and gradients; rows of a device in whole tiles, which the kernel would round up to."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: ExpertMLP(64, 48, 8, 4, nnx.Rngs(0))))
+
+    def loss(params, x, implementation):
+        return nnx.merge(graph, params)(x, implementation).sum()
+
+    def counted(implementation):
+        gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+        return count_flops(gradient.trace(params, shape(2048, 64), implementation).jaxpr)
+
+    alone = counted("ragged_dot")
+    assert alone == pytest.approx(3 * 2 * 2048 * (64 * 8 + 4 * 3 * 64 * 48), rel=NEAR)
+    with jax.set_mesh(make_mesh(axis_sizes)):
+        assert counted("megablox") == pytest.approx(alone, rel=NEAR)

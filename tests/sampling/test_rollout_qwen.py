@@ -12,7 +12,7 @@ from toy_decoder import BANNED, END, PIECES, VOCAB, reward_tables
 from safegrpo_jax.models import qwen_vl
 from safegrpo_jax.models.decoder import TextConfig
 from safegrpo_jax.models.vision import VisionConfig
-from safegrpo_jax.programs import model_functions
+from safegrpo_jax.policy import model_functions
 from safegrpo_jax.sampling.rollout import Placement, Sampler, SamplingConfig
 from safegrpo_jax.sharding import make_mesh
 from safegrpo_jax.types import Labels, PackedImages, Prompts

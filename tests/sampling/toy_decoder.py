@@ -82,12 +82,14 @@ def _prefill(params, prompts, features):
     return hidden[:, -1], (keys,), (values,)
 
 
-def _decode(params, token_ids, positions, view, cache):
+def _decode(params, unpacked, token_ids, positions, view, cache):
     """Repeats each slot's prefix and takes its private columns by their age: the plainest reading of `CacheView`."""
     x = _embed(params, token_ids, positions)[:, None]
     private = (
         jax.lax.dynamic_update_slice_in_dim(old, new, view.column, axis=2)
-        for old, new in zip((cache.private_keys[0], cache.private_values[0]), _keys_values(params, x), strict=True)
+        for old, new in zip(
+            (cache.private_keys[0].swapaxes(2, 3), cache.private_values[0]), _keys_values(params, x), strict=True
+        )
     )
     private_keys, private_values = private
     num_shards, num_seats = view.slot_of_seat.shape
@@ -96,11 +98,13 @@ def _decode(params, token_ids, positions, view, cache):
     hidden = _attend(
         params,
         x,
-        jnp.concatenate([take_sharded(cache.prefix_keys[0], prefix), private_keys], axis=2),
+        jnp.concatenate([take_sharded(cache.prefix_keys[0], prefix).swapaxes(2, 3), private_keys], axis=2),
         jnp.concatenate([take_sharded(cache.prefix_values[0], prefix), private_values], axis=2),
         jnp.concatenate([take_sharded(cache.prefix_mask, prefix), age < view.private_len[:, None]], axis=1)[:, None],
     )[:, 0]
-    cache = type(cache)(cache.prefix_keys, cache.prefix_values, cache.prefix_mask, (private_keys,), (private_values,))
+    cache = type(cache)(
+        cache.prefix_keys, cache.prefix_values, cache.prefix_mask, (private_keys.swapaxes(2, 3),), (private_values,)
+    )
     return hidden, cache
 
 
@@ -108,7 +112,7 @@ def _encode(params, prompts):
     return jnp.zeros(())
 
 
-FUNCTIONS = ModelFunctions(encode=_encode, prefill=_prefill, decode=_decode, logits=logits)
+FUNCTIONS = ModelFunctions(encode=_encode, prefill=_prefill, unpack=lambda params: None, decode=_decode, logits=logits)
 
 
 def make_prompts(record_ids, prompt_len=PROMPT_LEN, with_rope_delta=True):
