@@ -18,7 +18,7 @@ NAMES = ("tpu_v4", "tpu_v5e", "tpu_v5p", "tpu_v6e")
 # What a slice changes. Anything else would change what is learned.
 OF_A_SLICE = {
     "pretrain.batch_size", "cold_start.batch_size", "evaluation.batch_size",
-    "mesh", "model.size", "model.attention", "model.logits_chunk", "policy_update.num_microbatches",
+    "mesh", "model.size", "model.attention", "model.experts", "model.logits_chunk", "policy_update.num_microbatches",
     "sampling.num_slots", "sampling.min_slots", "sampling.cache_buckets",
 }  # fmt: skip
 OF_QWEN2_5 = {f"processor.{key}" for key in ("patch_size", "position_table_side", "image_mean", "image_std")} | {

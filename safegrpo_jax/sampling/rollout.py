@@ -155,7 +155,7 @@ class Sampler:
         functions: ModelFunctions,
         sampling: SamplingConfig,
         placement: Placement,
-        banned_ids_mask: Bool[Array, "v"],
+        banned_ids_mask: Bool[Array | jax.ShapeDtypeStruct, "v"],
         stop_ids: tuple[int, ...],
         reward_tables: ArrayTree,
         output_rows: NamedSharding | None = None,
