@@ -95,7 +95,7 @@ def _table(programs: list[dict[str, Any]]) -> str:
     )
 
 
-def _gib(size: float) -> str:
+def _gib(size: int) -> str:
     return f"{size / (1 << 30):.2f}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -156,7 +157,7 @@ def advice(plan: Plan) -> list[str]:
         lines.append(f"{program.name} is over by {excess:.1f} GiB ({text}); {_remedy(program.name, config)}")
     state = next((p.argument_bytes for p in plan.programs if p.name == "update"), 0)
     if state > 0.6 * hbm:
-        chips = -(-state * len(plan.topology.devices) // int(0.5 * hbm))
+        chips = math.ceil(state * len(plan.topology.devices) / (0.5 * hbm))
         lines.append(
             f"the trained state alone is {state / GIB:.1f} of {hbm / GIB:.2f} GiB: at least {chips} chips of this kind,"
             " or config.model.lora.rank to train adapters"
