@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
+
 from safegrpo_jax.config import Config
 from safegrpo_jax.models.qwen_vl import QwenVLConfig
 from safegrpo_jax.plan import entries as entries_lib
@@ -93,6 +95,7 @@ def make_plan(
         if only and entry.name not in only:
             continue
         done.append(compile_entry(entry))
+        jax.clear_caches()  # traces and executables of programs that are done with are gigabytes
         report(table_line(done[-1], topology))
     return Plan(topology, config, model, tuple(done), time.monotonic() - started)
 
