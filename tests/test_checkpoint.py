@@ -34,7 +34,7 @@ def make_state(step: int, scale: float = 1.0) -> TrainState:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(1e-3), trainable))
     opt_state = optimizer.init(params)
     _, opt_state = optimizer.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
-    return TrainState(step=jnp.int32(step), params=params, opt_state=opt_state)
+    return jax.tree.map(jnp.asarray, TrainState(step=jnp.int32(step), params=params, opt_state=opt_state))
 
 
 def place(state, devices):
@@ -227,13 +227,14 @@ def test_an_incomplete_step_is_invisible_and_removed_by_the_next_save(tmp_path):
 
 
 KILLED_RUN = """
-import sys, jax.numpy as jnp
+import sys, jax, jax.numpy as jnp
 from safegrpo_jax.checkpoint import CheckpointConfig, Checkpoints
 from safegrpo_jax.types import TrainState
 checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(), stages=("grpo",), run_config={}, data_fingerprint="")
 for step in range(1, 10000):
     params = {"w": jnp.full((1000, 1000), step, jnp.float32)}
-    checkpoints.save("grpo", step, TrainState(step=jnp.int32(step), params=params, opt_state=()))
+    state = jax.tree.map(jnp.asarray, TrainState(step=jnp.int32(step), params=params, opt_state=()))
+    checkpoints.save("grpo", step, state)
     print(step, flush=True)
 """
 
@@ -255,6 +256,7 @@ def test_a_run_killed_while_saving_leaves_only_whole_checkpoints(tmp_path, delay
     saved = checkpoints.latest()
     assert saved.step in (last_printed, last_printed + 1)
     target = TrainState(step=jnp.int32(0), params={"w": jnp.zeros((1000, 1000))}, opt_state=())
+    target = jax.tree.map(jnp.asarray, target)
     restored = checkpoints.restore(saved, target)
     assert int(restored.step) == saved.step
     np.testing.assert_array_equal(restored.params["w"], np.full((1000, 1000), saved.step, np.float32))
