@@ -37,11 +37,11 @@ def make_params():
     return jax.tree_util.tree_map_with_path(spread, params)
 
 
-def sample(mesh_axes=(("data", 1),), **sizes):
+def make_sampler(mesh_axes=(("data", 1),), **sizes):
     axes = dict(mesh_axes)
     mesh = make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
     head_axis = "tensor" if "tensor" in axes else None
-    sampler = Sampler(
+    return Sampler(
         model_functions(CONFIG),
         SamplingConfig(group_size=4, max_new_tokens=10, **sizes),
         Placement(mesh, ("data",), head_axis),
@@ -49,9 +49,17 @@ def sample(mesh_axes=(("data", 1),), **sizes):
         (STOP,),
         build_tables("reference", [b"%d" % token for token in range(CONFIG.text.vocab_size)]),
     )
+
+
+def generate(sampler, prompts):
+    mesh = sampler.placement.mesh
     params = jax.device_put(make_params(), param_shardings(make_params(), mesh))
-    rollouts, stats = sampler.generate(params, shard_batch(make_prompts(), mesh), jax.random.key(2))
+    rollouts, stats = sampler.generate(params, shard_batch(prompts, mesh), jax.random.key(2))
     return jax.device_get(rollouts), stats
+
+
+def sample(mesh_axes=(("data", 1),), **sizes):
+    return generate(make_sampler(mesh_axes, **sizes), make_prompts())
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +82,36 @@ def test_tokens_do_not_depend_on_the_mesh(expected, mesh_axes):
     rollouts, _ = sample(mesh_axes, num_slots=8, num_prefixes=8)
     np.testing.assert_array_equal(rollouts.completion_ids, expected.completion_ids)
     np.testing.assert_allclose(rollouts.behavior_logps, expected.behavior_logps, atol=LOGP_TOLERANCE)
+
+
+def test_images_are_encoded_once_for_all_prefills_and_samples(expected):
+    sampler = make_sampler(num_slots=4, num_prefixes=2, prefill_batch=1)
+    calls = {"encode": [], "prefill": []}
+
+    def counted(name):
+        program = getattr(sampler, name)
+
+        def call(params, prompts, *rest):
+            calls[name].append(len(prompts.images.patches))
+            return program(params, prompts, *rest)
+
+        return call
+
+    sampler.encode, sampler.prefill = counted("encode"), counted("prefill")
+    rollouts, _ = generate(sampler, make_prompts())
+    assert calls["encode"] == [len(GRIDS)] and len(calls["prefill"]) == 8
+    np.testing.assert_array_equal(rollouts.completion_ids, expected.completion_ids)
+
+
+def test_a_batch_of_text_alone(expected):
+    """The two prompts without an image, with nothing but padding where images would be."""
+
+    def take(path, leaf):
+        if path[0].name == "images":
+            return np.zeros_like(leaf)
+        return leaf[:, [3, 7]] if path[-1].name == "positions" else leaf[[3, 7]]
+
+    prompts = jax.tree_util.tree_map_with_path(take, make_prompts())
+    rollouts, _ = generate(make_sampler(), prompts)
+    rows = np.concatenate([np.arange(12, 16), np.arange(28, 32)])
+    np.testing.assert_array_equal(rollouts.completion_ids, expected.completion_ids[rows])
