@@ -41,8 +41,8 @@ from safegrpo_jax.rewards.compose import (
 from safegrpo_jax.sampling.rollout import Placement, Sampler, SamplingConfig
 from safegrpo_jax.sft import SupervisedConfig
 from safegrpo_jax.sharding import (
-    batch_axis,
     batch_sharding,
+    batch_shardings,
     compiler_options,
     param_shardings,
     regroup,
@@ -339,8 +339,7 @@ def _build_score(config: Config, model: QwenVLConfig, mesh: Mesh) -> Callable:
             advantages=advantages * mask,
         )
         # Where the update expects it; with the compiler's choice the update could be compiled for another layout.
-        layout = jax.tree_util.tree_map_with_path(lambda path, _: batch_sharding(mesh, batch_axis(path)), experience)
-        experience = jax.lax.with_sharding_constraint(experience, layout)
+        experience = jax.lax.with_sharding_constraint(experience, batch_shardings(experience, mesh))
         stats |= reward_metrics(rewards, labels) | rollout_metrics(rollouts)
         return experience, rewards, stats | _rule_set_metrics(plain, rollouts, labels, other_tables, config)
 

@@ -216,6 +216,18 @@ def batch_axis(key_path: jax.tree_util.KeyPath) -> int:
     return 1 if name in ("positions", "deepstack") else 0
 
 
+def batch_shardings(tree: ArrayTree, mesh: Mesh) -> ArrayTree:
+    """`batch_sharding` of every array of a batch, of arrays or shapes with a batch axis."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: batch_sharding(mesh, batch_axis(path)), tree)
+
+
+def with_shardings(shapes: ArrayTree, shardings: ArrayTree) -> ArrayTree:
+    """Shapes that say where their arrays live."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+
+
 def replicate(tree: ArrayTree, mesh: Mesh) -> ArrayTree:
     """Every array of `tree` whole on every device. A shape stays a shape, placed so: programs that are only compiled
     need no more."""

@@ -36,6 +36,7 @@ from safegrpo_jax.metrics import (
 )
 from safegrpo_jax.report.html import write_report
 from safegrpo_jax.run import Run
+from safegrpo_jax.sharding import with_shardings
 from safegrpo_jax.step import drop_broken, grpo_step
 from safegrpo_jax.types import Labels, Params, Rewards, Rollouts, TrainState
 
@@ -158,20 +159,12 @@ def _resume(run: Run, stage: str) -> TrainState | None:
     if not steps:
         return None
     abstract = jax.eval_shape(run.programs.init_state[stage], _abstract_params(run))
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        run.programs.state_shardings[stage],
-    )
-    return run.store.restore(SavedStep(stage, steps[-1]), abstract)
+    placed = with_shardings(abstract, run.programs.state_shardings[stage])
+    return run.store.restore(SavedStep(stage, steps[-1]), placed)
 
 
 def _abstract_params(run: Run) -> Params:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        run.programs.abstract_params,
-        run.programs.param_shardings,
-    )
+    return with_shardings(run.programs.abstract_params, run.programs.param_shardings)
 
 
 def _save_or_stop(

@@ -27,7 +27,7 @@ from safegrpo_jax.rewards.automaton import build_tables
 from safegrpo_jax.sampling.cache import KEY_COLUMNS, VALUE_COLUMNS, PrivateCache
 from safegrpo_jax.sampling.decode import Queue
 from safegrpo_jax.sampling.rollout import Sampler
-from safegrpo_jax.sharding import batch_axis, batch_sharding, replicate
+from safegrpo_jax.sharding import batch_shardings, replicate, with_shardings
 from safegrpo_jax.types import ArrayTree, Demonstrations, Labels, PackedImages, Packing, Prompts, Rollouts
 
 TYPICAL_SHARE = 4  # completions are taken to be a quarter of max_new_tokens long on average
@@ -97,8 +97,8 @@ def list_entries(config: Config, model: QwenVLConfig, programs: Programs) -> lis
     """The programs of one GRPO step in the order of their calls."""
     mesh = programs.mesh
     with jax.set_mesh(mesh):
-        params = _placed(programs.abstract_params, programs.param_shardings)
-        state = _placed(jax.eval_shape(programs.init_state["grpo"], params), programs.state_shardings["grpo"])
+        params = with_shardings(programs.abstract_params, programs.param_shardings)
+        state = with_shardings(jax.eval_shape(programs.init_state["grpo"], params), programs.state_shardings["grpo"])
         reference = jax.eval_shape(programs.freeze, params)
         copy = jax.eval_shape(programs.sampler_params, params)
         prompts = _prompts(config, model, config.train.prompts_per_step, mesh)
@@ -145,12 +145,12 @@ def _sampling_entries(
     settings, placement, mesh = config.sampling, sampler.placement, sampler.placement.mesh
     num_prompts = config.train.prompts_per_step
     layout, constants = sampler.layout(num_prompts), sampler.constants
-    own_prompts = _placed(prompts, placement.prompt_shardings(prompts))
+    own_prompts = with_shardings(prompts, placement.prompt_shardings(prompts))
     features = jax.eval_shape(sampler.encode, copy, own_prompts)
-    features = _placed(features, placement.feature_shardings(features))
+    features = with_shardings(features, placement.feature_shardings(features))
     starting = (copy, own_prompts, features, replicate(jax.eval_shape(lambda: jax.random.key(0)), mesh), constants)
     started = jax.eval_shape(lambda *arguments: sampler.start(*arguments, layout=layout), *starting)
-    state, pool, private, keys = _placed(started, placement.shardings(started))
+    state, pool, private, keys = with_shardings(started, placement.shardings(started))
     private = _with_columns(private, settings.column_ladder[-1])
     index = _ints(layout.num_shards, layout.num_prefills)
     shards = layout.num_shards
@@ -261,17 +261,7 @@ def _zero_prompts(config: Config, model: QwenVLConfig, num_prompts: int) -> Prom
 
 def _spread(tree: ArrayTree, mesh: Mesh) -> ArrayTree:
     """A batch of shapes where `sharding.shard_batch` puts its arrays."""
-
-    def place(path, leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh, batch_axis(path)))
-
-    return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _placed(tree: ArrayTree, shardings: ArrayTree) -> ArrayTree:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
-    )
+    return with_shardings(tree, batch_shardings(tree, mesh))
 
 
 def _with_columns(private: PrivateCache, num_columns: int) -> PrivateCache:
